@@ -11,10 +11,8 @@ merge_across_nodes = 0 as well.
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +28,6 @@ from ksmd_ctl.host.knobs import KNOBS
 from ksmd_ctl.host.memory import ProcessId, Topology
 from ksmd_ctl.host.page_sample import PageLook, ProcessPages, SampledPage
 from ksmd_ctl.host.sample import Sample
-from ksmd_ctl.kernel.libnuma import Policy, PolicyMode, set_mempolicy
 from ksmd_ctl.recording.reader import Recording
 from ksmd_ctl.recording.writer import Writer
 from ksmd_ctl.replay.player import Choices, Player
@@ -44,35 +41,12 @@ EVERY = os.environ.get("KSMD_CTL_BENCH_EVERY", "0.25")
 CASE = os.environ.get("KSMD_CTL_BENCH_CASE", "")
 #: Recordings are kept here, and those that are here are replayed again.
 KEPT = os.environ.get("KSMD_CTL_BENCH_RECORDINGS", "")
+#: What of a CPU each recording's looks may take.
+CPU = os.environ.get("KSMD_CTL_BENCH_CPU", "0.3")
 #: Pages of the hour, of which the recording has a 64th.
 HOUR_PAGES = int(os.environ.get("KSMD_CTL_BENCH_HOUR_PAGES", str(1 << 24)))
 TENANTS = 16
 MARKS = {"median": 0.03, "largest": 0.10, "hour": 120.0}
-_ZEROES, _COMMON, _REWRITTEN = 0.10, 0.45, 0.04
-
-
-def tenant(number: int, pages: int, node: int | None) -> None:
-    """Be a process with mergeable memory until SIGTERM; its first line says that all is written."""
-    if node is not None:
-        set_mempolicy(Policy(PolicyMode.BIND, frozenset({node})))
-    memory = mmap.mmap(-1, pages * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
-    memory.madvise(mmap.MADV_MERGEABLE)
-    own = random.Random(number)
-    zeroes, common = int(pages * _ZEROES), int(pages * _COMMON)
-    for page in range(zeroes, pages):
-        # Each common content is in two to eight of them, at a place of its own.
-        shared = page < zeroes + common and page % 7 >= number % 4
-        source = random.Random(page) if shared else own
-        memory[page * PAGE_SIZE : page * PAGE_SIZE + 32] = source.randbytes(32)
-    for page in range(zeroes):
-        memory[page * PAGE_SIZE] = 0
-    print("written", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    while True:
-        time.sleep(2)
-        for page in range(pages - int(pages * _REWRITTEN), pages):
-            memory[page * PAGE_SIZE : page * PAGE_SIZE + 32] = own.randbytes(32)
 
 
 @contextmanager
@@ -89,7 +63,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> Iterator[None]:
 def tenants(nodes: int) -> Iterator[subprocess.Popen[str]]:
     for number in range(TENANTS):
         node = number % nodes if nodes > 1 else None
-        program = f"from benchmarks.replay import tenant; tenant({number}, {PAGES // TENANTS}, {node})"
+        program = f"from benchmarks._tenant import tenant; tenant({number}, {PAGES // TENANTS}, {node})"
         yield subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
 
@@ -110,7 +84,7 @@ def record(folder: Path, knobs: Mapping[str, int], nodes: int) -> dict[int, Path
             assert process.stdout is not None
             process.stdout.readline()
         command = [sys.executable, "-m", "ksmd_ctl.cli.main", "record", "--host", "kernel"]
-        command += ["--cpu", "0.3", "--every", EVERY]
+        command += ["--cpu", CPU, "--every", EVERY]
         recorders = [
             subprocess.Popen([*command, "--for", str(SECONDS), "--sample", f"1:{ratio}", "-o", str(path)])
             for ratio, path in found.items()

@@ -111,14 +111,16 @@ class Unwritable(KsmdError):
     """The output of a command can't be written."""
 
     exit_code = ExitCode.UNWRITABLE
+    #: What to do where there is no space.
+    FULL: ClassVar[str] = "make room, or name a file on another disk"
 
     @classmethod
     def of(cls, what: str, path: Path, error: OSError) -> Unwritable:
         """What the kernel said of a file that was to be made."""
-        lacking = error.errno == errno_names.ENOENT and not path.parent.exists()
-        why = f"there is no folder {path.parent}" if lacking else errno_text(error.errno or 0)
-        hint = "make it, or name a file in one that exists" if lacking else ""
-        return cls(what, why, hint=hint)
+        if error.errno == errno_names.ENOENT and not path.parent.exists():
+            return cls(what, f"there is no folder {path.parent}", hint="make it, or name a file in one that exists")
+        full = error.errno in (errno_names.ENOSPC, errno_names.EDQUOT)
+        return cls(what, errno_text(error.errno or 0), hint=cls.FULL if full else "name a file where you may write")
 
 
 class Refused(KsmdError):

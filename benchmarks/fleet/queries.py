@@ -17,6 +17,7 @@ from benchmarks.steady import ROOT
 DASHBOARDS = tuple(ROOT / "packaging/grafana" / name for name in ("ksmd-ctl.json", "ksmd-ctl-fleet.json"))
 #: Grafana's own words, as it would put them in with everything chosen.
 _WORDS = {"$__rate_interval": "1m", "$job": ".*", "$instance": ".*", "$cluster": ".*", "$zone": ".*", "$pool": ".*"}
+_METRIC = re.compile(r"\b(?:\w+:)?(?:ksmd?|process)_\w+(?::\w+)?|\bup\b|\bALERTS\b")
 #: Panels of what is not made wrong with any host.
 _NOTHING_WRONG = ("Refused configuration", "Other programs that write knobs", "Audits that failed in an hour")
 
@@ -57,7 +58,7 @@ def wrongly_empty(asked: Collection[Asked], exported: Collection[str]) -> list[s
     """
     said = []
     for one in asked:
-        names = set(re.findall(r"\b(?:\w+:)?ksmd?_\w+(?::\w+)?|\bup\b|\bALERTS\b", re.sub(r'"[^"]*"', '""', one.query)))
+        names = set(_METRIC.findall(re.sub(r'"[^"]*"', '""', one.query)))
         if not one.came and one.panel not in _NOTHING_WRONG and names <= set(exported):
             said.append(f"{one.dashboard}, {one.panel}: {one.query}")
     return said

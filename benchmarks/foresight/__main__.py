@@ -39,6 +39,7 @@ from ksmd_ctl.kernel.estimate_targets import Target, find_targets
 from ksmd_ctl.kernel.pace import Pace
 from ksmd_ctl.kernel.pagemap import Pagemap, frames_of, pieces, zero_frame
 from ksmd_ctl.kernel.proc_pid import LeftOut
+from ksmd_ctl.reports.estimate import KsmdCost, ksmd_cost
 from tests.guest import image
 
 _MOST_ERROR, _LEAST_HELD, _MOST_COST, _FIRST_SECONDS = 0.05, 0.95, 1.2, 10.0
@@ -49,6 +50,9 @@ _MERGE_SECONDS: Final = 120.0
 _GUEST_SECONDS: Final = 180.0
 # Two scans that add nothing: ksmd compares what it saw for the first time in the scan after.
 _SCANS_WITHOUT_MORE: Final = 3
+# What is merged in more scans than that is what changes.
+_NEARLY_ALL: Final = 0.99
+_POLL_SECONDS: Final = 0.005
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Case:
     :ivar early: what a look with little of a CPU said
     :ivar cost: CPU seconds of a look, once, of one with both looks, and of reading and hashing alone
     :ivar share: of a CPU, that the look with little of one took
+    :ivar predicted: CPU seconds of ksmd until all is merged, and of a full scan later; `taken`: what these were
     """
 
     name: str
@@ -83,6 +88,8 @@ class Case:
     early: tuple[Figure, ...]
     cost: tuple[float, float, float]
     share: float
+    predicted: tuple[float, float]
+    taken: tuple[float, float]
 
     @property
     def error(self) -> float:
@@ -165,21 +172,41 @@ def _guests() -> Iterator[Case]:
 def _case(name: str, host: Alone, pids: Sequence[int], *, zero: bool) -> Case:
     host.ksm.write("use_zero_pages", int(zero))
     alone = _read_and_hash(_targets(pids))
-    figures, once, cost, _ = _look(pids, zero, 1.0)
-    early, _, _, share = _look(pids, zero, _LITTLE_CPU)
+    look = _look(pids, zero, 1.0)
+    early = _look(pids, zero, _LITTLE_CPU)
     before = _frames(pids)
-    _merge(host.ksm)
-    reached = before - _frames(pids)
-    pages = sum(target.pages for target in _targets(pids))
-    return Case(name, host.memory, zero, pages, reached, figures, early, (once, cost, alone), share)
+    taken = _merge(host.ksm)
+    return Case(
+        name=name,
+        memory=host.memory,
+        use_zero_pages=zero,
+        pages=sum(target.pages for target in _targets(pids)),
+        reached=before - _frames(pids),
+        figures=look.figures,
+        early=early.figures,
+        cost=(look.once, look.cpu_seconds, alone),
+        share=early.cpu_seconds / early.seconds,
+        predicted=(look.ksmd.first_cpu_seconds, look.ksmd.scan_cpu_seconds),
+        taken=taken,
+    )
 
 
 def _targets(pids: Sequence[int]) -> list[Target]:
     return find_targets(lambda process: process.id.pid in pids, LeftOut(), more=False)
 
 
-def _look(pids: Sequence[int], zero: bool, share: float) -> tuple[tuple[Figure, ...], float, float, float]:
-    """Figures, CPU seconds until everything was read once and at the end, and the share of a CPU that it took."""
+@dataclass(frozen=True)
+class _Looked:
+    """What a look said, and what it took: CPU seconds until everything was read once, and at its end."""
+
+    figures: tuple[Figure, ...]
+    ksmd: KsmdCost
+    once: float
+    cpu_seconds: float
+    seconds: float
+
+
+def _look(pids: Sequence[int], zero: bool, share: float) -> _Looked:
     targets, once = _targets(pids), 0.0
     rules, pace = Rules(256, use_zero_pages=zero), Pace(share)
     look = Look(targets, rules, pace, interval_seconds=_INTERVAL_SECONDS, left_out=LeftOut())
@@ -189,7 +216,7 @@ def _look(pids: Sequence[int], zero: bool, share: float) -> tuple[tuple[Figure, 
         found.append(Figure(one.stage, pace.seconds, *freed))
         if one.stage is Stage.READ:
             once = pace.cpu_seconds
-    return tuple(found), once, pace.cpu_seconds, pace.cpu_seconds / pace.seconds
+    return _Looked(tuple(found), ksmd_cost(_outcome(one, rules), ()), once, pace.cpu_seconds, pace.seconds)
 
 
 def _outcome(one: Estimate, rules: Rules) -> Outcome:
@@ -220,20 +247,44 @@ def _frames(pids: Sequence[int]) -> int:
     return len(found - {0, zero_frame()})
 
 
-def _merge(ksm: Ksm) -> None:
-    """Full scans of every page until these add nothing."""
-    for name, value in (("smart_scan", 0), ("pages_to_scan", 100_000), ("sleep_millisecs", 1), ("run", 1)):
+def _merge(ksm: Ksm) -> tuple[float, float]:
+    """Full scans of every page until these add nothing.
+
+    With use_zero_pages = 0 a scan splits a single one of the huge pages with zeroes in which nothing else merges, and
+    with 1 all (tests/kernel/test_zero_pages.py). So the last scans are with 1: what is merged already stays so.
+
+    :return: ksmd's CPU seconds until all was merged, and for each full scan later
+    """
+    for name, value in (("smart_scan", 0), ("pages_to_scan", 100_000), ("sleep_millisecs", 1)):
         ksm.write(name, value)
-    until, best, since = time.monotonic() + _MERGE_SECONDS, -1, 0
+    began, zero = ksm.cpu_seconds(), ksm.read("use_zero_pages")
+    ksm.write("run", 1)
+    ends = _scan(ksm)
+    if not zero:
+        ksm.write("use_zero_pages", 1)
+        _scan(ksm)
+    ksm.write("run", 0)
+    ksm.write("use_zero_pages", zero)
+    merged, _, used = next(end for end in ends if end[1] >= _NEARLY_ALL * max(saved for _, saved, _ in ends))
+    scans, _, all_used = ends[-1]
+    return used - began, (all_used - used) / max(1, scans - merged)
+
+
+def _scan(ksm: Ksm) -> list[tuple[int, int, float]]:
+    """Scan until scans add nothing: after each how many there were, what is saved, and ksmd's CPU seconds."""
+    until, best, since = time.monotonic() + _MERGE_SECONDS, -1, ksm.read("full_scans")
+    ends: list[tuple[int, int, float]] = []
     while time.monotonic() < until:
-        time.sleep(0.05)
+        time.sleep(_POLL_SECONDS)
         scans = ksm.read("full_scans")
         saved = ksm.read("pages_sharing") + ksm.read("ksm_zero_pages")
+        if not ends or scans > ends[-1][0]:
+            ends.append((scans, saved, ksm.cpu_seconds()))
         if saved > best:
             best, since = saved, scans
         elif scans > since + _SCANS_WITHOUT_MORE:
             break
-    ksm.write("run", 0)
+    return ends
 
 
 # -- telling -------------------------------------------------------------------------------------------------------
@@ -247,7 +298,9 @@ def _line(case: Case) -> str:
         f"estimated {last.found:8,.0f} ({last.low:,.0f} to {last.high:,.0f}), reached {case.reached:8,}: "
         f"{case.error:6.2%} off; {once / alone:.2f} and {twice / alone:.2f} of reading and hashing; "
         f"first after {first.seconds:.1f} s: {first.low:,.0f} to {first.high:,.0f}; "
-        f"{sum(map(case.held, case.early))} of {len(case.early)} held; {case.share:.1%} of a CPU"
+        f"{sum(map(case.held, case.early))} of {len(case.early)} held; {case.share:.1%} of a CPU; "
+        f"ksmd predicted {case.predicted[0]:.2f} s and {case.predicted[1]:.2f} a scan, "
+        f"took {case.taken[0]:.2f} and {case.taken[1]:.2f}"
     )
 
 
@@ -265,6 +318,10 @@ def _marks(cases: Sequence[Case]) -> Iterator[str]:
     yield f"a pass: {cost:.2f} of reading and hashing alone (mark {_MOST_COST}), with a second look {twice:.2f}"
     yield f"first figure after {first:.1f} s at most (mark {_FIRST_SECONDS:g})"
     yield f"{share:.2%} of a CPU at most, of {_LITTLE_CPU:.0%} that were given"
+    for at, what in enumerate(("until all is merged", "a full scan later")):
+        ratios = [case.predicted[at] / max(1e-9, case.taken[at]) for case in cases]
+        low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+        yield f"ksmd's CPU {what}, predicted of taken: median {middle:.2f}, {low:.2f} to {high:.2f}"
 
 
 if __name__ == "__main__":

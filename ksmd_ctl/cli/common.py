@@ -25,6 +25,9 @@ PROGRAM = "ksmd-ctl"
 #: The default of the setting socket in [service]; a test holds that they agree.
 DEFAULT_SOCKET = "/run/ksmd-ctl/socket"
 
+#: The least share of a CPU that anything can be kept to.
+LEAST_CPU_SHARE: Final = 0.001
+
 #: Ctrl-C; what `kill` and the end of a login session send; what a terminal sends that is closed.
 ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -143,14 +146,22 @@ def whole_number(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 def seconds(most: int, least: float = 0.1) -> Callable[[str], float]:
     """The type of an option that takes a length of time, from `least` seconds to `most`."""
+    return _decimal("a number of seconds", least, most)
 
-    def seconds(text: str) -> float:
+
+def share(least: float, most: int = 1) -> Callable[[str], float]:
+    """The type of an option that takes a share, from `least` to `most`."""
+    return _decimal("a share", least, most)
+
+
+def _decimal(kind: str, least: float, most: int) -> Callable[[str], float]:
+    def decimal(text: str) -> float:
         # Not float() alone: it takes "+1", " 1", "1_0", "nan" and the digits of other scripts.
         if not (text.isascii() and text.replace(".", "", 1).isdigit() and least <= float(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of seconds from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {kind} from {least} to {most}")
         return float(text)
 
-    return seconds
+    return decimal
 
 
 def error_text(error: KsmdError) -> str:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from ksmd_ctl.cli.common import Parsers, add_command, add_config, write_json
+from ksmd_ctl.cli.common import Parsers, add_command, add_config, share, write_json
 from ksmd_ctl.cli.terminal import Column, bytes_or_unknown, list_text, table
 from ksmd_ctl.errors import ExitCode, UsageError, did_you_mean
 from ksmd_ctl.figures import bytes_text, plural
@@ -35,7 +35,7 @@ def add_parser(parsers: Parsers) -> argparse.ArgumentParser:
     parser.add_argument("--root", default="/", help=argparse.SUPPRESS)
     parser.add_argument(
         "--reserve",
-        type=share,
+        type=share(0, 99),
         default=0.25,
         metavar="SHARE",
         help="what each domain gets beyond the memory that it has now, as a share of that (default: 0.25)",
@@ -50,12 +50,6 @@ def add_parser(parsers: Parsers) -> argparse.ArgumentParser:
     )
     add_config(parser)
     return parser
-
-
-def share(text: str) -> float:
-    if not re.fullmatch(r"\d{1,2}(\.\d{1,6})?", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a share, as 0.25")
-    return float(text)
 
 
 def memory_size(text: str) -> tuple[str, int]:

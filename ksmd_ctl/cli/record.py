@@ -11,10 +11,22 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
-from ksmd_ctl.cli.common import ENDING, Parsers, add_command, add_source, handling, seconds, write_json
+from ksmd_ctl.cli.common import (
+    ENDING,
+    LEAST_CPU_SHARE,
+    Parsers,
+    add_command,
+    add_config,
+    add_source,
+    handling,
+    seconds,
+    share,
+    write_json,
+)
 from ksmd_ctl.cli.terminal import ProgressLine
 from ksmd_ctl.errors import Denied, ExitCode, KsmdError, ReadError, Unreadable, UsageError, errno_text
 from ksmd_ctl.figures import bytes_text, plural, seconds_text
@@ -23,6 +35,7 @@ if TYPE_CHECKING:
     from ksmd_ctl.host.interface import Host
     from ksmd_ctl.host.page_sample import PageSampler, Selection
     from ksmd_ctl.recording.recorder import Heard
+    from ksmd_ctl.recording.writer import Writer
 
 _CPU: Final = 0.05
 _EVERY_SECONDS: Final = 1.0
@@ -57,7 +70,7 @@ def add_parser(parsers: Parsers) -> None:
     )
     parser.add_argument(
         "--cpu",
-        type=share,
+        type=share(LEAST_CPU_SHARE),
         default=_CPU,
         metavar="SHARE",
         help=f"the share of one CPU that looking at pages may take (default: {_CPU})",
@@ -76,6 +89,7 @@ def add_parser(parsers: Parsers) -> None:
         help="make digests of contents with the key in FILE and store them, so that recordings can be compared; "
         "it is made if it does not exist. Whoever has it can find out which contents were in memory",
     )
+    add_config(parser)
     parser.add_argument("--anonymous", action="store_true", help="number programs, units and processes: no names")
 
 
@@ -96,13 +110,6 @@ def ratio(text: str) -> int:
     if match is None or not 1 <= int(match[1]) <= MOST_ONE_IN:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not 1:N with N from 1 to {MOST_ONE_IN}")
     return int(match[1])
-
-
-def share(text: str) -> float:
-    """The type of an option that takes a share of one CPU."""
-    if not (text.isascii() and text.replace(".", "", 1).isdigit() and 0.001 <= float(text) <= 1):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a share from 0.001 to 1")
-    return float(text)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -126,7 +133,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         ):
             recorder = Recorder(host, sampler, writer, cpu=args.cpu, boot_offset=_boot_offset(host), listen=listen)
             writer.topology(host.topology())
-            writer.facts({**_facts(host, args), "one_in": selection.one_in, "keyed": key is not None})
+            mode = _domains(args, writer)
+            writer.facts({**_facts(host, args), "domains": mode, "one_in": selection.one_in, "keyed": key is not None})
             writer.commit()
             with ProgressLine(sys.stderr) as line:
 
@@ -238,6 +246,20 @@ def _facts(host: Host, args: argparse.Namespace) -> Mapping[str, object]:
         "numa": host.topology().numa,
         "service": None if host.identity.simulated else _service(args),
     }
+
+
+def _domains(args: argparse.Namespace, writer: Writer) -> str | None:
+    """Record the trust domains of the configuration; their mode, None where it has none.
+
+    :raises ConfigError: a configuration was named, and it is wrong
+    """
+    from ksmd_ctl.config.loader import load
+    from ksmd_ctl.domains.members import domain_of
+
+    if (config := load(args.config).domains) is None:
+        return None
+    writer.domains({one.name: one.nodes for one in config.domains}, partial(domain_of, config))
+    return config.mode
 
 
 def _profile(host: Host, args: argparse.Namespace) -> str:

@@ -13,7 +13,7 @@ from ksmd_ctl.cli.common import Parsers, add_command, add_config
 from ksmd_ctl.cli.report import add_recording, every, show, write_html
 from ksmd_ctl.cli.terminal import WIDTH, Column, ProgressLine, bytes_or_unknown, count_or_unknown, table
 from ksmd_ctl.errors import ExitCode, UsageError, did_you_mean
-from ksmd_ctl.figures import bytes_text
+from ksmd_ctl.figures import bytes_text, plural
 from ksmd_ctl.render.recording import choices_text, difference_text, host_lines, sampling_text
 from ksmd_ctl.reports.document import number, part, parts, text
 
@@ -36,6 +36,14 @@ _COLUMNS = (
     Column("replayed", right=True),
 )
 
+_DOMAINS = (
+    Column("domain", wraps=True),
+    Column("processes", right=True),
+    Column("merged at the end", right=True),
+    Column("with other domains", right=True),
+)
+_DOMAINS_SHOWN = 12
+
 
 def add_parser(parsers: Parsers) -> None:
     parser = add_command(
@@ -47,6 +55,11 @@ def add_parser(parsers: Parsers) -> None:
     add_recording(parser)
     parser.add_argument("words", nargs="*", metavar="KNOB=VALUE", help="a knob that has this value all the time")
     parser.add_argument("--policy", choices=_POLICIES, help="the policy that decides about the knobs")
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="keep the recorded trust domains apart: each on nodes of its own, with merge_across_nodes = 0",
+    )
     parser.add_argument("--profile", default="", metavar="NAME", help="the engine's profile (default: as recorded)")
     add_config(parser)
 
@@ -62,7 +75,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     knobs, config = _knobs(args.words), _config(args)
     with Recording(args.recording) as recording, ProgressLine(sys.stderr) as line:
         line.say("reading the recording")
-        player = Player(recording, Choices(knobs, config, args.profile))
+        if args.apart:
+            knobs = _apart(knobs, recording.facts.profile if not args.profile else args.profile)
+        player = Player(recording, Choices(knobs, config, args.profile, args.apart))
         points: list[Point] = []
         for point in player.play():
             points.append(point)
@@ -71,8 +86,18 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     profile = player.host.machine.ksm.profile.name
     chosen = {knob.value: value for knob, value in knobs.items()}
     policy = "" if config is None else str(config.policy)
-    refused, error = tuple(player.refused), player.sampling_error
-    document = encode_fields(replay_report(host, profile, chosen, policy, points, refused, error))
+    found = replay_report(
+        host,
+        profile,
+        chosen,
+        policy,
+        points,
+        tuple(player.refused),
+        player.sampling_error,
+        apart=args.apart,
+        domains=player.domain_pages(),
+    )
+    document = encode_fields(found)
     if args.html is not None:
         write_html(args.html, args.recording, replay_page(document))
     show(args, out, document, lines(document))
@@ -101,6 +126,23 @@ def _knobs(words: Sequence[str]) -> dict[Knob, KnobValue]:
         except ValueError as error:
             raise UsageError("reading the command line", f"{name}: {error}", hint="ksmd-ctl replay --help") from error
     return found
+
+
+def _apart(knobs: Mapping[Knob, KnobValue], profile: str) -> dict[Knob, KnobValue]:
+    """The knobs with those that keep nodes apart (docs/domains.md).
+
+    :raises UsageError: another value was given
+    """
+    from ksmd_ctl.engine.profile import PROFILES
+    from ksmd_ctl.host.knobs import Knob
+
+    needed: dict[Knob, KnobValue] = {Knob.MERGE_ACROSS_NODES: 0, Knob.USE_ZERO_PAGES: 0}
+    for knob, value in needed.items():
+        if knobs.get(knob, value) != value:
+            why = f"--apart needs {knob} = {value}"
+            raise UsageError("reading the command line", why, hint=f"leave out {knob}, or --apart")
+    known = PROFILES[profile].knobs if profile in PROFILES else needed.keys()
+    return {**knobs, **{knob: value for knob, value in needed.items() if knob in known}}
 
 
 def _config(args: argparse.Namespace) -> Config | None:
@@ -139,9 +181,19 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
     yield f"difference {difference_text(document)} (pages_sharing)"
     if expected := sampling_text(document):
         yield f"sample     {expected}"
+    if domains := parts(document, "domains"):
+        yield ""
+        yield from table(_DOMAINS, [_domain(one) for one in domains[:_DOMAINS_SHOWN]], WIDTH)
+        if len(domains) > _DOMAINS_SHOWN:
+            yield f"{plural(len(domains) - _DOMAINS_SHOWN, 'more domain')}; --json has all"
     refused = document.get("refused")
     for why in refused if isinstance(refused, list | tuple) else ():
         yield f"refused    {why}"
+
+
+def _domain(one: Mapping[str, object]) -> list[str]:
+    figures = (bytes_or_unknown(number(one, name)) for name in ("merged_bytes", "shared_bytes"))
+    return [text(one, "domain"), count_or_unknown(number(one, "processes")), *figures]
 
 
 def _row(point: Mapping[str, object]) -> list[str]:

@@ -13,7 +13,14 @@ from ksmd_ctl.cli.common import Parsers, add_command, write_json
 from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, count_or_unknown, table, wrapped
 from ksmd_ctl.errors import ExitCode, Unwritable, UsageError
 from ksmd_ctl.figures import bytes_text, plural, ratio_text, seconds_text
-from ksmd_ctl.render.recording import GROUP_TITLES, host_lines, pair_names
+from ksmd_ctl.render.recording import (
+    DOMAIN_TITLES,
+    GROUP_TITLES,
+    apart_text,
+    domain_cells,
+    host_lines,
+    pair_names,
+)
 from ksmd_ctl.reports.document import number, part, parts, text
 
 _ROWS = 12
@@ -116,6 +123,12 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
         ]
         yield from table(columns, rows, WIDTH)
         yield from _more(len(groups) - _GROUPS, "more group")
+    if domains := parts(document, "domains"):
+        yield ""
+        columns = [Column(title, right=index > 0, wraps=index == 0) for index, title in enumerate(DOMAIN_TITLES)]
+        yield from table(columns, [domain_cells(one) for one in domains[:_GROUPS]], WIDTH)
+        yield from _more(len(domains) - _GROUPS, "more domain")
+        yield apart_text(document)
     if pairs := parts(document, "pairs"):
         yield ""
         columns = [Column("one", wraps=True), Column("other", wraps=True), Column("contents in common", right=True)]

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Container, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from ksmd_ctl import tomltext
+from ksmd_ctl.codec import dump, encode_fields
 from ksmd_ctl.config.domains import (
     DOMAIN_SECTION,
     Domain,
@@ -42,6 +45,8 @@ from ksmd_ctl.tomltext import shown
 
 DEFAULT_PATH = "/etc/ksmd-ctl/ksmd-ctl.toml"
 
+# Enough to tell apart what the hosts of a fleet have.
+_DIGEST_DIGITS: Final = 12
 # A configuration with all settings and explanations is far smaller.
 _MOST_BYTES = 1 << 20
 
@@ -172,7 +177,8 @@ class _Reading:
                 hint="`ksmd-ctl daemon --check-config` checks it without starting anything",
             )
         unused = tuple(f"{name} ({file})" for file, name, _ in self.unused())
-        return Config(knobs=self.knobs, files=tuple(self.files), unused=unused, domains=domains, **self.values)
+        config = Config(knobs=self.knobs, files=tuple(self.files), unused=unused, domains=domains, **self.values)
+        return replace(config, digest=_digest(config))
 
     def contradictions(self) -> None:
         """Find settings that contradict each other."""
@@ -333,6 +339,16 @@ def _knob_value(knob: Knob, value: object) -> KnobValue:
         number = isinstance(value, str) and value.isascii() and value.isdigit()
         raise ValueError(f"{shown(value)} is not a whole number" + (": write it without quotes" if number else ""))
     return parse_wanted(knob, value)
+
+
+def _digest(config: Config) -> str:
+    """The same for two configurations with the same settings, wherever their files are and whatever comments say."""
+    knobs = {knob: replace(want, origin="") for knob, want in sorted(config.knobs.items())}
+    domains = config.domains and replace(
+        config.domains, origin="", domains=tuple(replace(one, origin="") for one in config.domains.domains)
+    )
+    settings = replace(config, knobs=knobs, domains=domains, files=(), unused=())
+    return hashlib.sha256(dump(encode_fields(settings))).hexdigest()[:_DIGEST_DIGITS]
 
 
 def check_knobs(config: Config, lacking: Container[Knob]) -> list[Problem]:

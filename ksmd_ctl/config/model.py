@@ -150,12 +150,14 @@ class Config:
     :ivar files: the files that were read, in their order
     :ivar unused: tables and keys that only another policy uses, each with its file
     :ivar domains: None where no file has a table ``[domains]``; its settings are below, too
+    :ivar digest: of all settings, whichever files they are in; empty where no loader has made it
     """
 
     knobs: Mapping[Knob, Want] = dataclasses.field(default_factory=dict)
     files: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     domains: Domains | None = None
+    digest: str = ""
     policy: PolicyName = _setting(
         "policy",
         choice(

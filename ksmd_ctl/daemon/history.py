@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from ksmd_ctl.config.model import Config
 from ksmd_ctl.daemon.log import Event, Level, Log, Record
@@ -21,6 +20,7 @@ from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.history.model import Entry, Kind, Means, Query, Severity, history_path
 from ksmd_ctl.history.store import HistoryStore
+from ksmd_ctl.history.waiting import Waiting
 from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.operation import in_thread
 from ksmd_ctl.host.sample import HostIdentity
@@ -40,10 +40,6 @@ MOST_EVENTS: Final = 2000
 
 _FORGET_SECONDS: Final = 3600.0
 _DAY_SECONDS: Final = 86400
-# What waits to be written, while it can't be.
-_MOST_WAITING: Final = 500
-# So many at once fit into what is kept free of the smallest file.
-_AT_ONCE: Final = 32
 # A policy that is busy decides every few seconds.
 _MOST_DECISIONS: Final = 10
 _PAGE_EVENTS: Final = 48
@@ -114,10 +110,7 @@ class HistoryKeeper:
         self._log = log
         self.calendar = calendar
         self._store = HistoryStore(self.path, lambda: config().history_max_bytes)
-        self._entries: deque[Entry] = deque()
-        self._means: deque[Means] = deque(maxlen=_MOST_WAITING)
-        # Of these, what is on the disk by now. A thread adds to it.
-        self._written: list[Entry | Means] = []
+        self._waiting = Waiting()
         # Who writes or reads; afterwards is known which of the above were in the file.
         self._turn = asyncio.Lock()
         self._writing: asyncio.Task[None] | None = None
@@ -177,7 +170,7 @@ class HistoryKeeper:
         now = self.calendar()
         minute = int(now // WRITE_SECONDS * WRITE_SECONDS)
         if self._samples and self._samples[0].time_seconds != minute:
-            self._means.append(_mean(self._samples))
+            self._waiting.means.append(_mean(self._samples))
             self._samples = []
         self._samples.append(replace(sample, time_seconds=minute))
 
@@ -206,7 +199,7 @@ class HistoryKeeper:
             try:
                 written = await self._use(work, nothing)
             finally:
-                self._take_off()
+                self._waiting.take_off()
             if written is not None:
                 self._bytes, self._error = written, ""
 
@@ -217,45 +210,33 @@ class HistoryKeeper:
             self._add(Entry(self.calendar(), Kind.POLICY, _DECIDED, Severity.INFO, text))
         self._decisions = 0
         if not self._keeps():
-            self._entries.clear()
-            self._means.clear()
+            self._waiting.clear()
             self._close()
             return None
-        entries, means, forget_at = tuple(self._entries), tuple(self._means), self._forget_at
+        batches, forget_at = self._waiting.batches(), self._forget_at
         calendar, keep = self.calendar(), self._config().history_days * _DAY_SECONDS
         if now >= forget_at:
             self._forget_at = now + _FORGET_SECONDS
 
         def work(file: HistoryFile) -> int:
-            for at in range(0, max(len(entries), len(means)), _AT_ONCE):
-                some = entries[at : at + _AT_ONCE], means[at : at + _AT_ONCE]
-                file.write(*some)
-                self._written += [*some[0], *some[1]]
+            for batch in batches:
+                file.write(*batch)
+                self._waiting.written(batch)
             if now >= forget_at:
                 file.forget(calendar, keep)
             return file.bytes()
 
         return work
 
-    def _take_off(self) -> None:
-        """What is on the disk waits no more."""
-        waiting: tuple[deque[Any], ...] = (self._entries, self._means)
-        while self._written:
-            one = self._written.pop(0)
-            for queue in waiting:
-                # Where it became too long, the oldest are gone.
-                if queue and queue[0] is one:
-                    queue.popleft()
-
     def close(self) -> None:
         """The service ends: write all that waits, and close the file."""
         if self._begun:
             if self._samples:
-                self._means.append(_mean(self._samples))
+                self._waiting.means.append(_mean(self._samples))
                 self._samples = []
             # A thread may still write.
             self._store.wait()
-            self._take_off()
+            self._waiting.take_off()
             try:
                 if (work := self._work(0.0)) is not None:
                     self._store.use(work)
@@ -282,12 +263,7 @@ class HistoryKeeper:
         }
         who, text = _cut(entry.who, _LONGEST_FIELD), _cut(entry.text, _LONGEST_TEXT)
         entry = replace(entry, text=text, who=who, fields=fields, boot_id=self._boot_id)
-        if len(self._entries) == _MOST_WAITING:
-            # As in the file: what happens often pushes out nothing that happens rarely.
-            kinds = Counter(one.kind for one in self._entries)
-            most = Kind.POLICY if Kind.POLICY in kinds else kinds.most_common(1)[0][0]
-            self._entries.remove(next(one for one in self._entries if one.kind is most))
-        self._entries.append(entry)
+        self._waiting.add(entry)
         # Where it can't be written now, that is tried once a minute.
         if entry.kind is not Kind.POLICY and not self._error:
             self._soon = True
@@ -325,7 +301,7 @@ class HistoryKeeper:
             nothing: list[Entry] = []
             kept = await self._read(lambda file: file.entries(query), nothing)
             then()
-            waiting = [entry for entry in self._entries if query.matches(entry)]
+            waiting = [entry for entry in self._waiting.entries if query.matches(entry)]
             return history_document([*kept, *waiting], query.limit)
 
     async def past(self, seconds: float, step_seconds: int) -> Past:
@@ -345,8 +321,11 @@ class HistoryKeeper:
         return self._with_what_waits(kept, since)
 
     def _with_what_waits(self, kept: Past, since: float) -> Past:
-        means = [mean for mean in self._means if mean.time_seconds >= since]
-        return [*kept[0], *means], [*kept[1], *(entry for entry in self._entries if entry.time_seconds >= since)]
+        means = [mean for mean in self._waiting.means if mean.time_seconds >= since]
+        return [*kept[0], *means], [
+            *kept[1],
+            *(entry for entry in self._waiting.entries if entry.time_seconds >= since),
+        ]
 
     async def _read(self, look: Callable[[HistoryFile], T], otherwise: T) -> T:
         return await self._use(look, otherwise) if self._keeps() else otherwise
@@ -373,7 +352,7 @@ class HistoryKeeper:
         """What stands in the report about it (docs/json.md); None where none is kept."""
         if not self._keeps():
             return None
-        waiting = len(self._entries)
+        waiting = len(self._waiting.entries)
         return {"bytes": self._bytes, "waiting": waiting, "errors": self._errors, "error": self._error}
 
 

@@ -125,11 +125,10 @@ class KnobWrites:
             self._log.plain(Level.INFO, f"who changes a knob is not known any more: {self._error}")
             self._error = None
             self.close()
-        while self._arrived:
-            self._latest.append(self._arrived.popleft())
-        found, waiting = [], []
-        for change in (*self._waiting, *changes):
-            name = self._who(change, in_flight, interval_seconds)
+        self._take_in()
+        found, waiting, earlier = [], [], len(self._waiting)
+        for number, change in enumerate((*self._waiting, *changes)):
+            name = self._who(change, in_flight, interval_seconds, new=number >= earlier)
             if name is None:
                 waiting.append(change)
             else:
@@ -137,34 +136,37 @@ class KnobWrites:
         self._waiting = waiting
         return found
 
-    def rest(self) -> list[Change]:
+    def rest(self, interval_seconds: float) -> list[Change]:
         """The service ends: those that still wait."""
+        self._take_in()
         rest, self._waiting = self._waiting, []
-        return rest
+        return [replace(change, who=self._writer(change, interval_seconds) or "") for change in rest]
 
-    def _who(self, change: Change, in_flight: Set[Knob], interval_seconds: float) -> str | None:
+    def _take_in(self) -> None:
+        while self._arrived:
+            self._latest.append(self._arrived.popleft())
+
+    def _who(self, change: Change, in_flight: Set[Knob], interval_seconds: float, *, new: bool) -> str | None:
         """Who has made a change; None while that may become known, empty where it will not."""
         if self._host is None or self._thread is None:
             return ""
         drift, age_seconds = change.drift, self._clock() - change.seen_at
         unmerging = drift.knob is Knob.RUN and drift.found == _UNMERGE
-        # Until the un-merging is over no other write of `run` ends either, and the latest was somebody else's.
-        if drift.knob not in in_flight and (not unmerging or age_seconds > 0):
-            since = change.seen_at - _SAMPLES * interval_seconds - 1
-            if (name := self._take(drift.knob, since, change.seen_at)) is not None:
+        # Until the un-merging is over no other write of `run` ends either, and the latest was somebody else's. The
+        # service's own is only begun when the change is new.
+        if drift.knob not in in_flight and not (unmerging and new):
+            name = self._writer(change, interval_seconds)
+            if name is not None:
                 return name
         return None if age_seconds < (_UNMERGING_SECONDS if unmerging else _WAIT_SECONDS) else ""
 
-    def _take(self, knob: Knob, since: float, seen_at: float) -> str | None:
-        """Who wrote a knob last before the service put it back; each write explains one change.
-
-        :param since: not earlier
-        :param seen_at: the service has put it back later than that
-        """
+    def _writer(self, change: Change, interval_seconds: float) -> str | None:
+        """Who wrote a knob last before the service put it back; each write explains one change."""
         assert self._host is not None
-        own = self._host.has_written
-        writes = [one for one in self._latest if one[1].knob is knob and one[0] >= since]
-        back = next((at for at, (time, write) in enumerate(writes) if time >= seen_at and own(write.pid)), len(writes))
+        own, since = self._host.has_written, change.seen_at - _SAMPLES * interval_seconds - 1
+        writes = [one for one in self._latest if one[1].knob is change.drift.knob and one[0] >= since]
+        again = (at for at, (time, write) in enumerate(writes) if time >= change.seen_at and own(write.pid))
+        back = next(again, len(writes))
         before = [at for at in range(back) if not own(writes[at][1].pid)]
         # Where two writes end one after the other, the kernel may tell of the second one first.
         after = [at for at in range(back, len(writes)) if not own(writes[at][1].pid)]

@@ -9,6 +9,7 @@ import errno
 import math
 import os
 import signal
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
@@ -40,6 +41,7 @@ from ksmd_ctl.history.model import Kind, Means
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import SYSFS_KNOBS, Knob
 from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.kernel.proc_pid import own_resident_bytes
 from ksmd_ctl.knobs.foreign import ForeignChange, ForeignChanges, foreign_section
 from ksmd_ctl.knobs.reconcile import (
     BY_OTHERS,
@@ -231,7 +233,7 @@ class ServiceLoop:
             if self._timer is not None:
                 self._timer.cancel()
             self._watch(-1)
-            self._report_foreign(self._writes.rest())
+            self._report_foreign(self._writes.rest(self.config.sample_interval))
             self._writes.close()
             if self._topology is not None:
                 self._topology.close()
@@ -595,6 +597,8 @@ class ServiceLoop:
                 self._reload_failures,
                 self._restart_needed_for,
                 self._lateness.document(),
+                time.process_time(),
+                own_resident_bytes(),
             )
             self._document = document(
                 Report(

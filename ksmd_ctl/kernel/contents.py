@@ -135,6 +135,8 @@ class Contents(Closing):
         except OSError:
             # It was unmapped meanwhile.
             return []
+        if pages == 1:
+            return [number(data)] if len(data) == PAGE_SIZE else []
         # SipHash with a key of this process's own: three times as quick as anything of hashlib's, and nobody can make
         # contents that meet.
         return list(map(number, map(data.__getitem__, _PAGES[: len(data) // PAGE_SIZE])))

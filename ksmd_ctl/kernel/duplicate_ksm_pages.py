@@ -76,8 +76,7 @@ def find_duplicate_ksm_pages(
                 if counted.merging_pages != 0 and counted.mergeable is not False and asker.may_compare(pid):
                     job.process(pid, go_on)
     compared = [(page.number, page) for page in job.pages.values() if page is not None and page.number is not None]
-    if (refusal := unread.refusal()) and not compared:
-        raise refusal
+    unread.need(compared)
     for _, page in compared:
         if not page.stuck and page.found != page.mapped:
             page.stuck = HIDDEN

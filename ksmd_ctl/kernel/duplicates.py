@@ -115,8 +115,7 @@ def find_duplicates(
         with unread.looking_at(pid), Contents(pid, root) as contents, Pagemap(pid, root) as pagemap:
             for item in ranges:
                 job.compare(pagemap, contents, item, stack)
-    if (refusal := unread.refusal()) and not job.groups:
-        raise refusal
+    unread.need(job.groups)
     return DuplicatePages(
         mergeable_pages=pages,
         frames=asker.rounded(len(job.group_of)),

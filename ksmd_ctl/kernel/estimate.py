@@ -116,14 +116,14 @@ class Look:
         self._chance = chance or random.Random()
         self._tell = tell
         self._files = Files(targets, root)
-        self._nodes = read_frame_map(root)
-        nodes = self._nodes.nodes()
-        self._only_node = next(iter(nodes)) if len(nodes) == 1 else None
+        # To read where nodes begin takes a while, and where there is one node, no figure depends on it.
+        self._nodes = read_frame_map(root) if rules.nodes > 1 else None
         stacks = Counter(target.stack for target in targets)
         self._family = [target.stack if stacks[target.stack] > 1 else 0 for target in targets]
         self._frees = any(item.huge_bytes for target in targets for item, _ in target.ranges) and (
             splits_free_zeroes() is True
         )
+        self._kinds: dict[tuple[int, int, bool], int] = {}
         self._mapped: Counter[tuple[int, bool]] = Counter()
         self._zero_rows: list[Row] = []
         # To give half of them up costs as much as to keep twice as many.
@@ -242,7 +242,7 @@ class Look:
         return self._chance.random() * max(1, *self._counts.read(frame, 1)) < 1
 
     def _node(self, frame: int) -> int:
-        node = self._nodes.node(frame) if self._only_node is None else self._only_node
+        node = 0 if self._nodes is None else self._nodes.node(frame)
         return _NO_NODE if node is None else node
 
     def _split_frees(self, item: Range, frame: int) -> bool:
@@ -278,6 +278,8 @@ class Look:
             # Pages of those that ended have changed: they are not freed, and ksmd keeps no record of them.
             there = [target.process.id.pid not in self.gone for target in self.targets]
             mapped = Counter({key: count for key, count in mapped.items() if there[key[0]]})
+            gone = {owner: 0.0 for owner, is_there in enumerate(there) if not is_there}
+            stable = replace(stable, owners={**stable.owners, **gone})
         found = estimate(
             contents,
             mapped,
@@ -313,8 +315,8 @@ class Look:
     def _block(self, part: Part, start: int, count: int, pagemap: Pagemap, contents: Contents) -> None:
         entries = pagemap.read_frames(start, count)
         if all_own(entries):
-            node = self._only_node
-            if node is None and (limits := frame_limits(entries)) is not None:
+            node = 0 if self._nodes is None else None
+            if self._nodes is not None and (limits := frame_limits(entries)) is not None:
                 node = self._nodes.only_node(*limits)
             if node is not None:
                 self._add(part, start, contents.block(start, len(entries)), node, entries)
@@ -339,7 +341,7 @@ class Look:
     def _add(self, part: Part, start: int, numbers: Sequence[int], node: int, entries: array[int]) -> None:
         self._mapped[part.owner, part.marked] += len(numbers)
         self.read += len(numbers)
-        kind = zeroes = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked))
+        kind = zeroes = self._kind(part, node)
         if count := numbers.count(ZERO):
             first = numbers.index(ZERO)
             some = self._some_zeroes(numbers, first, count)
@@ -350,6 +352,14 @@ class Look:
                 zeroes = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked, split_frees=True))
             self._kept.count(ZERO, zeroes, count)
         self._kept.add(kind, start, numbers, count)
+
+    def _kind(self, part: Part, node: int) -> int:
+        """The number of the kind of pages that are mapped once; to make one for each block costs more than all else."""
+        key = node, part.owner, part.marked
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = self._kept.kind(PageKind(node, (part.owner,), marked=part.marked))
+        return kind
 
     def _some_zeroes(self, numbers: Sequence[int], first: int, count: int) -> Iterable[int]:
         """Some of the places of zeroes, of which this is the first: all where they are few."""

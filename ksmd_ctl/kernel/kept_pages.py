@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import compress, count, repeat
+from itertools import compress, count
 from typing import Final, NamedTuple
 
 from ksmd_ctl.host.estimate import Contents, PageKind, PageSet
@@ -25,8 +25,8 @@ ZERO: Final = hash(bytes(PAGE_SIZE))
 #: Pages of one content that are looked at again.
 AGAIN_OF_ONE: Final = 64
 
-# Zeroes are only taken out at once where one page in so many is one.
-_MANY_ZEROES: Final = 8
+# Zeroes are only taken out at once where one page in so many is one: to take them out takes longer than to pass them.
+_MANY_ZEROES: Final = 2
 # Of so many pages with one content, among the first that are kept.
 _MANY_PAGES: Final = 64
 
@@ -150,7 +150,7 @@ class KeptPages:
         if self.share == 1 and zeroes * _MANY_ZEROES < len(numbers):
             places = range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE)
             self._whole.append(Column(kind, numbers, places))
-            self._rows += len(numbers)
+            self._rows += len(numbers) - zeroes
         else:
             sure = self.sure
             if len(sure) > 1:
@@ -158,7 +158,8 @@ class KeptPages:
                     if number != ZERO:
                         self.count(number, kind, count)
             self._keep(kind, numbers, range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE))
-        self._fit()
+        if self._rows + self._shared_mappings > self.most:
+            self._fit()
 
     def _keep(self, kind: int, numbers: Sequence[int], addresses: Sequence[int]) -> None:
         """Keep those of which the content is kept."""
@@ -169,7 +170,8 @@ class KeptPages:
         places.extend([addresses[index] for index in low])
         self._rows += len(low)
 
-    def _all(self) -> Iterator[Column]:
+    def all(self) -> Iterator[Column]:
+        """Pages that are mapped once and whose content is kept."""
         yield from self._whole
         for kind, (numbers, addresses) in self._columns.items():
             yield Column(kind, numbers, addresses)
@@ -188,14 +190,15 @@ class KeptPages:
     def mapped(self) -> None:
         """Another mapping of a shared frame was noted."""
         self._shared_mappings += 1
-        self._fit()
+        if self._rows + self._shared_mappings > self.most:
+            self._fit()
 
     def _fit(self) -> None:
         while len(self) > self.most and self.share > 2**-40:
             if self.share == 1:
                 self._take_for_sure()
             self.share /= 2
-            before = list(self._all())
+            before = list(self.all())
             self._whole, self._columns, self._rows = [], {}, 0
             for column in before:
                 self._keep(*column)
@@ -213,7 +216,7 @@ class KeptPages:
         times = self._times(self.share)
         many = {number for number, count in times.items() if count >= _MANY_PAGES} - self.sure
         self.sure = self.sure | many
-        for kind, numbers, _ in self._all():
+        for kind, numbers, _ in self.all():
             for number, pages in Counter(filter(many.__contains__, numbers)).items():
                 self.count(number, kind, pages)
 
@@ -236,7 +239,7 @@ class KeptPages:
         """How many pages have each content that is not `sure`, of a share of contents."""
         threshold = _threshold(share)
         times: Counter[int] = Counter()
-        for _, numbers, _ in self._all():
+        for _, numbers, _ in self.all():
             times.update([number for number in numbers if number < threshold] if share < self.share else numbers)
         for found in self.shared.values():
             if found.number < threshold:
@@ -250,26 +253,38 @@ class KeptPages:
 
         In loops within the interpreter: what is done here for each page costs as much as reading it.
         """
-        times = self._times(self.share)
-        several = set(compress(times, map((1).__lt__, times.values())))
-        columns: list[Column] = []
-        here: dict[int, Counter[int]] = {}
-        for kind, numbers, addresses in self._all():
-            places = list(compress(count(), map(several.__contains__, numbers)))
-            column = Column(kind, [numbers[place] for place in places], [addresses[place] for place in places])
-            columns.append(column)
-            here.setdefault(kind, Counter()).update(column.numbers)
-        states: dict[int, int] = {}
-        sets: list[PageSet] = [()]
-        # Each kind takes all of its contents from one state to another; a state stands for pages that a content has.
-        for kind, found in here.items():
-            steps = _Steps(sets, kind)
-            wanted = zip(map(states.get, found, repeat(0)), found.values(), strict=True)
-            states.update(zip(found, list(map(steps.__getitem__, wanted)), strict=True))
+        several = self._found_several()
+        by_kind: dict[int, list[int]] = {}
+        for kind, numbers, _ in self.all():
+            by_kind.setdefault(kind, []).extend(filter(several.__contains__, numbers))
         for frame in self.shared.values():
             if frame.number in several:
-                states[frame.number] = _Steps(sets, self.kind(frame.kind()))[states.get(frame.number, 0), 1]
-        return Several(self, times, columns, states, sets)
+                by_kind.setdefault(self.kind(frame.kind()), []).append(frame.number)
+        states: dict[int, int] = {}
+        sets: list[PageSet] = [()]
+        # Each page takes its content from one state to another; a state stands for pages that a content has. By kinds,
+        # for in any order there would be many more states.
+        for kind, found in by_kind.items():
+            steps = _Steps(sets, kind)
+            for number in found:
+                states[number] = steps[states.get(number, 0)]
+        return Several(self, states, sets)
+
+    def _found_several(self) -> set[int]:
+        """The numbers of contents that several pages have and that are not `sure`."""
+        seen: set[int] = set()
+        several: set[int] = set()
+        for _, numbers, _ in self.all():
+            before, again = len(seen), list(filter(seen.__contains__, numbers))
+            several.update(again)
+            seen.update(numbers)
+            if len(seen) - before + len(again) < len(numbers):
+                several.update(number for number, pages in Counter(numbers).items() if pages > 1)
+        for frame in self.shared.values():
+            if frame.pages > 1 or frame.number in seen:
+                several.add(frame.number)
+            seen.add(frame.number)
+        return several - self.sure
 
     def sure_sets(self) -> tuple[Counter[PageSet], Counter[int]]:
         by_number: dict[int, Counter[int]] = {}
@@ -286,14 +301,10 @@ class KeptPages:
 class Several:
     """Contents that several pages have.
 
-    :ivar times: how many pages each content has, those with one among them
-    :ivar columns: pages that have such contents
     :ivar states: a number for each of these contents, of what its pages are in `sets`
     """
 
     kept: KeptPages
-    times: Mapping[int, int]
-    columns: Sequence[Column]
     states: Mapping[int, int]
     sets: Sequence[PageSet]
 
@@ -313,11 +324,10 @@ class Several:
         """
         wanted = self._wanted(most)
         chosen = {number: Again(self.sets[self.states[number]]) for number in wanted}
-        for kind, numbers, addresses in self.columns:
+        for kind, numbers, addresses in self.kept.all():
             (owner,) = self.kept.kinds[kind].owners
-            for number, address in zip(numbers, addresses, strict=True):
-                if number in wanted:
-                    chosen[number].add(Row(number, owner, address))
+            for place in compress(count(), map(wanted.__contains__, numbers)):
+                chosen[numbers[place]].add(Row(numbers[place], owner, addresses[place]))
         for frame in self.kept.shared.values():
             if frame.number in wanted:
                 chosen[frame.number].add(frame.row)
@@ -326,9 +336,9 @@ class Several:
 
     def _wanted(self, most: int) -> set[int]:
         """Those with the least numbers, as everywhere."""
-        rows = sum([min(self.times[number], AGAIN_OF_ONE) for number in self.states])
         # A frame is looked at once, whoever maps it.
-        rows -= sum(min(one.pages, AGAIN_OF_ONE) - 1 for one in self.kept.shared.values() if one.number in self.states)
+        pages = [sum([count for _, count in one]) for one in self.sets]
+        rows = sum(min(pages[state], AGAIN_OF_ONE) * times for state, times in Counter(self.states.values()).items())
         if rows <= most:
             return set(self.states)
         threshold = _threshold(self.kept.share * min(1.0, _SOME_MORE * most / rows))
@@ -336,18 +346,20 @@ class Several:
         return set(low[: len(self.states) * most // rows])
 
 
-class _Steps(dict[tuple[int, int], int]):
-    """To which state a content goes that so many more pages of a kind have; states are numbered as they come up."""
+class _Steps(dict[int, int]):
+    """To which state a content goes that has another page of a kind; states are numbered as they come up."""
 
     def __init__(self, sets: list[PageSet], kind: int) -> None:
         self._sets = sets
         self._kind = kind
 
-    def __missing__(self, step: tuple[int, int]) -> int:
-        state, count = step
-        self._sets.append((*self._sets[state], (self._kind, count)))
-        self[step] = len(self._sets) - 1
-        return self[step]
+    def __missing__(self, state: int) -> int:
+        before, count = self._sets[state], 1
+        if before and before[-1][0] == self._kind:
+            before, count = before[:-1], before[-1][1] + 1
+        self._sets.append((*before, (self._kind, count)))
+        self[state] = len(self._sets) - 1
+        return self[state]
 
 
 @dataclass(slots=True)

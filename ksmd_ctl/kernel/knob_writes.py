@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ _NOBODY: Final = "4294967295"
 _FOLDER: Final = "sys/kernel/mm/ksm"
 # Processes that have opened a file lately.
 _MOST_NAMES: Final = 64
+# For so long a pid is not another process's.
+_SAME_SECONDS: Final = 1.0
+
+# Its mask, a descriptor of the file, and the process.
+Event = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,8 @@ class WriteReader:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._names: dict[int, str] = {}
+        # When they were looked at, by time.monotonic(), and what was found.
+        self._names: dict[int, tuple[float, str]] = {}
 
     def read(self) -> Iterator[KnobWrite]:
         """The writes since the last call, the earliest first.
@@ -97,33 +104,38 @@ class WriteReader:
                 return
             yield from self._writes(_events(data))
 
-    def _writes(self, events: Sequence[tuple[int, int, int]]) -> Iterator[KnobWrite]:
+    def _writes(self, events: Sequence[Event]) -> Iterator[KnobWrite]:
+        now = time.monotonic()
         # Before anything else: they may end.
-        for mask, _, pid in events:
-            if mask & _OPEN or pid not in self._names:
-                self._look(pid)
+        for event in events:
+            self._look(event, now)
         for mask, file, pid in events:
             # Where events were lost there is no file.
             if file < 0:
                 continue
             try:
-                name = os.path.basename(os.readlink(f"/proc/self/fd/{file}"))
+                name = os.path.basename(os.readlink(f"/proc/self/fd/{file}")) if mask & _MODIFY else ""
             finally:
                 os.close(file)
-            if mask & _MODIFY and name in SYSFS_KNOBS:
-                yield KnobWrite(Knob(name), pid, self._names.get(pid) or f"a process that has ended (pid {pid})")
+            if name in SYSFS_KNOBS:
+                who = self._names[pid][1] if pid in self._names else f"a process that has ended (pid {pid})"
+                yield KnobWrite(Knob(name), pid, who)
 
-    def _look(self, pid: int) -> None:
+    def _look(self, event: Event, now: float) -> None:
+        mask, _, pid = event
+        known = self._names.get(pid)
+        # Whoever reads all of the files opens them one after the other.
+        if known is not None and (now - known[0] < _SAME_SECONDS or not mask & _OPEN):
+            return
         # The pid may have been another's before.
         self._names.pop(pid, None)
         if found := _who(pid):
-            self._names[pid] = found
+            self._names[pid] = now, found
             if len(self._names) > _MOST_NAMES:
                 del self._names[next(iter(self._names))]
 
 
-def _events(data: bytes) -> list[tuple[int, int, int]]:
-    """Of each event its mask, its file and the process."""
+def _events(data: bytes) -> list[Event]:
     at, found = 0, []
     while at + _EVENT.size <= len(data):
         length, _, _, _, mask, file, pid = _EVENT.unpack_from(data, at)

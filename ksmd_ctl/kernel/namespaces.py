@@ -103,8 +103,9 @@ def _unwritable(knobs: Path) -> str:
 
 
 def _is_host_cgroups(folder: Path) -> bool:
-    """Whether a mount shows the root of the tree of version 2, or version 1's."""
-    if (folder / "memory").is_dir():
+    """Whether a mount shows the root of the tree of version 2, or of version 1's for memory."""
+    # Only the root of a tree has it (kernel/cgroup/cgroup-v1.c: release_agent).
+    if (folder / "memory/release_agent").exists():
         return True
     # The root of the tree has no type (kernel/cgroup/cgroup.c: cgroup.type is not on the root).
     return (folder / "cgroup.controllers").exists() and not (folder / "cgroup.type").exists()

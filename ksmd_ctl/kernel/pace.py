@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ class Pace:
         self._share = share
         self._cpu, self._clock, self._sleep = cpu, clock, sleep
         self._cpu_began, self._began = cpu(), clock()
+        # Before that it can't be too much: CPU time grows no faster than the clock.
+        self._due = self._began
 
     @property
     def seconds(self) -> float:
@@ -47,9 +50,14 @@ class Pace:
 
     def keep(self, *, exactly: bool = False) -> None:
         """Sleep as long as too much was used; a short time is only slept `exactly`, for each sleep costs as well."""
+        if not exactly and self._clock() < self._due:
+            return
         too_early = self.cpu_seconds / self._share - self.seconds
         if too_early > (0.0 if exactly else _SLACK_SECONDS):
             self._sleep(too_early)
+            too_early = 0.0
+        growth = 1 / self._share - 1
+        self._due = self._clock() + (_SLACK_SECONDS - too_early) / growth if growth else math.inf
 
     def wait_until(self, seconds: float) -> None:
         """Sleep until so long after the beginning."""

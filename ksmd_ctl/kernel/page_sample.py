@@ -61,8 +61,7 @@ class KernelPages:
         for pid in running_pids(self._root):
             with left_out.looking_at(pid):
                 found += sum(item.anonymous_pages for item in self._mergeable(pid))
-        if not found and (refusal := left_out.refusal()):
-            raise refusal
+        left_out.need(found)
         return found
 
     def look(self, *, zero_pages: bool = False) -> LookSteps:
@@ -94,8 +93,7 @@ class KernelPages:
                             yield
                 one.seconds = time.monotonic()
                 found.append(one)
-        if not found and (refusal := left_out.refusal()):
-            raise refusal
+        left_out.need(found)
         self._known = {one.process for one in found}
         # What has just been started may not have any yet.
         self._seen = (self._running or set(running)) & set(running) - {one.process.pid for one in found}

@@ -87,14 +87,26 @@ class LeftOut:
         except (Denied, ReadError) as error:
             self.errors[pid] = error
 
-    def refusal(self) -> Denied | Absent | None:
-        """Why the first that was refused was."""
-        return next((error for error in self.errors.values() if isinstance(error, Denied | Absent)), None)
+    def need(self, found: object) -> None:
+        """
+        :raises Denied, Absent: nothing was found, and some were refused: why the last was, for init may be special
+        """
+        refusals = [error for error in self.errors.values() if isinstance(error, Denied | Absent)]
+        if refusals and not found:
+            raise refusals[-1]
 
 
 # About 700 and 100 bytes a mapping, for as many as vm.max_map_count allows by default (65,530).
 _MOST_BYTES: Final = {"smaps": 64 << 20, "numa_maps": 16 << 20, "cmdline": 64 << 10}
 _MOST_OF_OTHERS: Final = 256 << 10
+
+
+def own_resident_bytes() -> int | None:
+    """Resident memory of this process; None where /proc is not there to tell."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * PAGE_SIZE
+    except OSError:
+        return None
 
 
 def read_process_file(pid: int, name: str, root: Path = Path("/")) -> str:

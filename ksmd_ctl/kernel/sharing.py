@@ -247,8 +247,7 @@ class _Look:
             self.seen.add(frames)
             self.seen.seconds += self.clock() - before
             self._fit()
-        if (refusal := self.unread.refusal()) and not found:
-            raise refusal
+        self.unread.need(found)
         return self._result(began, found)
 
     def _spent(self) -> float:

@@ -220,6 +220,8 @@ class _Job:
             self.left.append(LATER)
 
     def switch_off(self) -> None:
+        # Advice about nothing: where no call can be made, nothing is to be un-merged for it either.
+        self.calls([(_MADVISE, 0, 0, MADV_UNMERGEABLE)])
         for number in range(_PASSES):
             on = [item for item in self.ranges() if item.mergeable]
             if number == 0:

@@ -12,6 +12,7 @@ A split leaves the subpages of locked memory (VmFlags lo) as they are.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -117,18 +118,26 @@ def _compared(pagemap: Pagemap, item: Range, frame: int) -> int:
 
 
 def splits_free_zeroes() -> bool | None:
-    """Whether a split of a huge page gives its subpages of zeroes back: tried on a page of one's own.
+    """Whether a split of a huge page gives its subpages of zeroes back: tried once, on a page of one's own.
 
     Nothing but one page of it is written; advising that a part of a huge page is cold splits it (mm/madvise.c:
     madvise_cold_or_pageout_pte_range, since 5.4).
 
     :return: None where it can't be tried: no huge page was to be had, or all memory of this process is locked
     """
-    flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
     try:
-        memory = syscalls.mmap(0, 2 * HUGE_BYTES, syscalls.PROT_READ | syscalls.PROT_WRITE, flags)
-    except OSError:
+        return _tried_split()
+    except (OSError, HostError):
         return None
+
+
+@functools.cache
+def _tried_split() -> bool:
+    """
+    :raises OSError, HostError: it can't be tried now
+    """
+    flags = syscalls.MAP_PRIVATE | syscalls.MAP_NORESERVE
+    memory = syscalls.mmap(0, 2 * HUGE_BYTES, syscalls.PROT_READ | syscalls.PROT_WRITE, flags)
     try:
         start = -(-memory // HUGE_BYTES) * HUGE_BYTES
         syscalls.madvise(start, HUGE_BYTES, syscalls.MADV_HUGEPAGE)
@@ -136,16 +145,13 @@ def splits_free_zeroes() -> bool | None:
         before = _mapping(start)
         syscalls.madvise(start, PAGE_SIZE, syscalls.MADV_COLD)
         after = _mapping(start)
-    except (OSError, HostError):
-        return None
     finally:
         syscalls.munmap(memory, 2 * HUGE_BYTES)
-    if _LOCKED in after.flags:
-        return None
-    if after.resident_pages < before.resident_pages:
-        return True
+    freed = after.resident_pages < before.resident_pages
     # Of smaller ones than these (mTHP) smaps doesn't tell that they were split.
-    return False if after.huge_bytes < before.huge_bytes else None
+    if _LOCKED in after.flags or not (freed or after.huge_bytes < before.huge_bytes):
+        raise Absent("splitting a huge page", "no huge page was to be had, or it is locked")
+    return freed
 
 
 def _mapping(address: int) -> Range:

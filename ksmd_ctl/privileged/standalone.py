@@ -29,9 +29,10 @@ def prepare(state_directory: Path, runtime_directory: Path, uid: int, root: Path
 
     :raises Denied: a directory can't be given away
     """
-    _give(state_directory, uid, 0o755)
-    # The socket of this process is made there as well, without CAP_DAC_OVERRIDE: it stays root's.
-    _give(runtime_directory, -1, 0o775, uid)
+    _give(state_directory, uid, uid, 0o755)
+    # The socket of this process is made there as well, without CAP_DAC_OVERRIDE: it is root's. podman makes a volume
+    # that of whoever takes it first, who may be the service.
+    _give(runtime_directory, 0, uid, 0o775)
     problems: list[KsmdError] = [*hidden_from_container(root).values()]
     try:
         join_host_cgroups(root)
@@ -42,7 +43,7 @@ def prepare(state_directory: Path, runtime_directory: Path, uid: int, root: Path
     sys.stderr.flush()
 
 
-def _give(directory: Path, uid: int, mode: int, gid: int | None = None) -> None:
+def _give(directory: Path, uid: int, gid: int, mode: int) -> None:
     """A directory that a container runtime made is root's, and the service couldn't write there."""
     what, path = f"giving {directory} to the service", str(directory)
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -56,11 +57,13 @@ def _give(directory: Path, uid: int, mode: int, gid: int | None = None) -> None:
         raise Denied(what, errno_text(error.errno or 0), hint=hint, path=path, errno=error.errno) from error
     try:
         found = os.fstat(descriptor)
-        # One that all may write (an emptyDir), or that is the service's already, stays as it is.
-        if found.st_uid == 0 and not found.st_mode & 0o002:
-            # In this order: what belongs to somebody else, root can't change without CAP_FOWNER.
+        # One that all may write (an emptyDir), or that is somebody else's, stays as it is.
+        if found.st_uid in ((0,) if uid else (0, gid)) and not found.st_mode & 0o002:
+            # Only of its own can root change the mode without CAP_FOWNER.
+            if found.st_uid:
+                os.fchown(descriptor, 0, gid)
             os.fchmod(descriptor, mode)
-            os.fchown(descriptor, uid, uid if gid is None else gid)
+            os.fchown(descriptor, uid, gid)
     except OSError as error:
         hint = "the container takes CAP_CHOWN, or a directory that is the service's"
         raise Denied(what, errno_text(error.errno or 0), hint=hint, path=path, errno=error.errno) from error

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple
 
 from ksmd_ctl.errors import Absent, KsmdError, Unparsable, Unreadable, UsageError, errno_text
+from ksmd_ctl.host.cpus import parse_nodes
 from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.page_sample import MOST_ONE_IN
 from ksmd_ctl.host.sample import NodeMemory, Reading, Sample
@@ -25,11 +26,12 @@ _HEADER: Final = b"SQLite format 3\0"
 _HEADER_BYTES: Final = 100
 # A thousand years.
 _MOST_SECONDS: Final = 3.2e10
+_MOST_NODES: Final = 1 << 10
 _HINT: Final = "ksmd-ctl record makes one"
 
 
 class RecordedProcess(NamedTuple):
-    """A row of the table process."""
+    """A row of the table process; `domain` is None where none are configured, or it isn't recorded."""
 
     process: int
     pid: int
@@ -40,6 +42,7 @@ class RecordedProcess(NamedTuple):
     home: int | None
     began: float
     ended: float | None
+    domain: str | None
 
 
 class ProcessSample(NamedTuple):
@@ -98,6 +101,7 @@ class Facts:
     """What holds for the whole recording (`ksmd_ctl.recording.schema.FACTS`).
 
     :ivar seconds: None where it did not come to its end
+    :ivar domains: the mode of the configured trust domains; None without any
     """
 
     program: str
@@ -112,6 +116,7 @@ class Facts:
     anonymous: bool
     numa: bool
     service: Mapping[str, object] | None
+    domains: str | None = None
 
 
 class Recording:
@@ -125,9 +130,10 @@ class Recording:
         """
         self._path = path
         self._what = f"reading {path}"
+        self._journal = Path(f"{path}-journal")
         self._check_file()
         # Not immutable: it may still be written. What an unclean end left half done, SQLite has to take back.
-        mode = "rw" if Path(f"{path}-journal").exists() and os.access(path, os.W_OK) else "ro"
+        mode = "rw" if self._journal.exists() and os.access(path, os.W_OK) else "ro"
         self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
         try:
             with self._reading():
@@ -139,8 +145,7 @@ class Recording:
 
     def _check_file(self) -> None:
         try:
-            found = self._path.stat()
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(self._path.stat().st_mode):
                 raise UsageError(self._what, "it is not a regular file", hint=_HINT)
             with open(self._path, "rb") as file:
                 header = file.read(_HEADER_BYTES)
@@ -156,8 +161,10 @@ class Recording:
             raise UsageError(self._what, "it is no recording", hint=_HINT)
         page = int.from_bytes(header[16:18], "big")
         pages = int.from_bytes(header[28:32], "big")
-        if found.st_size < pages * (65536 if page == 1 else page):
-            raise self._damaged(f"it is cut off: {found.st_size} of {pages * page} bytes are there")
+        whole = pages * (65536 if page == 1 else page)
+        # What is being written just now grows after it says so, or before this has seen its size.
+        if (size := self._path.stat().st_size) < whole and not self._journal.exists():
+            raise self._damaged(f"it is cut off: {size} of {whole} bytes are there")
 
     def _damaged(self, why: str) -> Unparsable:
         return Unparsable(self._what, why, hint="copy it again from where it was recorded", path=str(self._path))
@@ -192,7 +199,7 @@ class Recording:
             raise UsageError(self._what, why, hint="use the version of ksmd-ctl that recorded it, or a later one")
         # No view that is called like a table: it could do anything.
         there = {name for (name,) in ask("SELECT name FROM sqlite_schema WHERE type = 'table'")}
-        if missing := [table.name for table in TABLES if table.name not in there]:
+        if missing := [table.name for table in TABLES if table.name not in there and not table.added]:
             raise self._damaged(f"it has no table {missing[0]}")
         self._columns = {table.name: {row[1] for row in ask(f"PRAGMA table_info({table.name})")} for table in TABLES}
 
@@ -217,6 +224,9 @@ class Recording:
             except (ValueError, RecursionError) as error:
                 raise self._damaged(f"it is damaged: the fact {str(name)[:40]} is no JSON") from error
 
+        # Recordings of this format may lack it.
+        found.setdefault("domains", None)
+
         def fact(name: str, *kinds: type) -> Any:
             if not isinstance(value := found.get(name), kinds):
                 raise self._damaged(f"it is damaged: it has no fact {name}")
@@ -235,10 +245,12 @@ class Recording:
             anonymous=fact("anonymous", bool),
             numa=fact("numa", bool),
             service=fact("service", dict, type(None)),
+            domains=fact("domains", str, type(None)),
         )
         if not (1 <= facts.one_in <= MOST_ONE_IN and facts.page_size_bytes > 0 and abs(facts.begun) < _MOST_SECONDS):
             raise self._damaged("it is damaged: a fact is out of its range")
-        said = [facts.program, facts.kind, facts.release, facts.profile, *map(str, (facts.service or {}).values())]
+        said = [facts.program, facts.kind, facts.release, facts.profile, facts.domains or ""]
+        said += map(str, (facts.service or {}).values())
         if not "".join(said).isprintable():
             raise self._damaged("it is damaged: a fact has characters that cannot be shown")
         return facts
@@ -272,16 +284,33 @@ class Recording:
         """The numbers of the nodes that were online, and of others that have pages."""
         statement = "SELECT node FROM node UNION SELECT node FROM page ORDER BY 1"
         found = [node for (node,) in self._rows(statement, int)]
-        if found and not 0 <= found[0] <= found[-1] < 1 << 10:
+        if found and not 0 <= found[0] <= found[-1] < _MOST_NODES:
             raise self._damaged(f"it is damaged: there is no node {found[-1]}")
         return tuple(found)
 
     def processes(self) -> tuple[RecordedProcess, ...]:
         """All processes with mergeable memory, in the order in which they were found."""
-        text = 'SELECT process, pid, name, unit, "grouped", family, home, began, ended FROM process ORDER BY process'
-        optional = (int, type(None)), float, (float, type(None))
+        domain = "domain" if "domain" in self._columns["process"] else "NULL"
+        text = (
+            f'SELECT process, pid, name, unit, "grouped", family, home, began, ended, {domain} FROM process ORDER BY 1'
+        )
+        optional = (int, type(None)), float, (float, type(None)), (str, type(None))
         rows = self._rows(text, int, int, str, str, str, int, *optional)
         return tuple(RecordedProcess(*row) for row in rows)
+
+    def domains(self) -> Mapping[str, frozenset[int]]:
+        """The configured trust domains in the order of their names: the nodes that are a domain's alone."""
+        if not self._columns["domain"]:
+            return {}
+        found = {}
+        for name, nodes in self._rows("SELECT domain, nodes FROM domain ORDER BY domain", str, str):
+            try:
+                found[name] = parse_nodes(nodes) if nodes else frozenset[int]()
+            except ValueError as error:
+                raise self._damaged(f"it is damaged: {nodes[:40]!r} are no nodes") from error
+            if any(node >= _MOST_NODES for node in found[name]):
+                raise self._damaged(f"it is damaged: there is no node {max(found[name])}")
+        return found
 
     def counts(self) -> Iterator[ProcessSample]:
         """Counters of processes."""

@@ -33,11 +33,15 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table: its name, what a row is, and its columns."""
+    """A table: its name, what a row is, and its columns.
+
+    :ivar added: recordings of this format may lack it, as it came later
+    """
 
     name: str
     text: str
     columns: tuple[Column, ...]
+    added: bool = False
 
     @property
     def sql(self) -> str:
@@ -111,7 +115,19 @@ TABLES: Final = (
             Column("home", _INT, "the node where it belongs, NULL where that is not one node"),
             Column("began", _REAL, f"when it was started, in {_SECONDS}; negative for what ran before"),
             Column("ended", "REAL", f"when it ended, half way between two samples, in {_SECONDS}; NULL while it runs"),
+            Column(
+                "domain", "TEXT", "the trust domain that it belongs to (domains.md); NULL where none are configured"
+            ),
         ),
+    ),
+    Table(
+        "domain",
+        "a trust domain that the configuration names",
+        (
+            Column("domain", "TEXT PRIMARY KEY", "its name"),
+            Column("nodes", _TEXT, "the list of nodes that are its alone, empty where it has none"),
+        ),
+        added=True,
     ),
     Table(
         "process_sample",
@@ -195,6 +211,7 @@ FACTS: Final = {
     "keyed": "whether digests are stored, which need a key file",
     "anonymous": "whether names are replaced",
     "numa": "whether this host offers NUMA",
+    "domains": "the mode of the configured trust domains, report or nodes; null without any",
     "service": "of a service that ran: its version, its policy, and the knobs that it wants; null without one",
 }
 

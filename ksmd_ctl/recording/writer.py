@@ -50,6 +50,7 @@ class Writer:
         self._families = {0: 0}
         self._gone: set[ProcessId] = set()
         self._names: dict[tuple[str, str], str] = {}
+        self._domain_of: Callable[[Process], str] | None = None
         # By process: what the last look saw, by address: content and node.
         self._seen: dict[int, dict[int, tuple[int, int]]] = {}
         # By process: when its counters were written last and seen last, and what they were; and of those that no look
@@ -57,6 +58,7 @@ class Writer:
         self._counts: dict[int, tuple[float, float, ProcessCounts]] = {}
         self._early: dict[ProcessId, list[tuple[float, ProcessCounts]]] = {}
         self._looks = 0
+        self._committed = False
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         except FileExistsError as error:
@@ -65,6 +67,13 @@ class Writer:
         except OSError as error:
             raise Unwritable.of(f"recording to {path}", path, error) from error
         self._database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
+        try:
+            self._begin(zeroes)
+        except Unwritable:
+            self._abandon()
+            raise
+
+    def _begin(self, zeroes: int) -> None:
         with self._writing():
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute("BEGIN")
@@ -72,7 +81,13 @@ class Writer:
             self._database.execute(f"PRAGMA user_version = {VERSION}")
             for table in TABLES:
                 self._database.execute(table.sql)
-        self._add("content", [(ZEROES, zeroes.to_bytes(8, "big") if keyed else None)])
+        self._add("content", [(ZEROES, zeroes.to_bytes(8, "big") if self._keyed else None)])
+
+    def _abandon(self) -> None:
+        """Leave what was committed; a file in which nothing is is removed, so that it is in nobody's way."""
+        self._database.close()
+        if not self._committed:
+            self._path.unlink(missing_ok=True)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -81,7 +96,8 @@ class Writer:
         except sqlite3.Error as error:
             full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
             why = errno_text(errno.ENOSPC) if full else str(error)
-            hint = "what was recorded until some seconds before can be read" if self._looks else ""
+            kept = "what was recorded until some seconds before can be read"
+            hint = kept if self._committed else Unwritable.FULL if full else "name a file on another disk"
             raise Unwritable(f"recording to {self._path}", why, hint=hint) from error
 
     def _add(self, table: str, rows: Iterable[Sequence[object]]) -> None:
@@ -101,6 +117,16 @@ class Writer:
                 for node in topology.nodes
             ],
         )
+
+    def domains(self, domains: Mapping[str, Iterable[int]], domain_of: Callable[[Process], str]) -> None:
+        """The trust domains that are configured.
+
+        :param domains: the nodes that are a domain's alone, by its name
+        :param domain_of: the domain of a process
+        """
+        self._domain_of = domain_of
+        rows = [(self._shown("domain", name), ranges_text(nodes)) for name, nodes in domains.items()]
+        self._add("domain", rows)
 
     def sample(self, seconds: float, sample: Sample) -> None:
         """A sample of the host."""
@@ -199,18 +225,20 @@ class Writer:
         self._introduced += 1
         number = self._processes[one.process] = self._introduced
         name, unit, group, home = one.name, "", one.name, None
+        domain = None
         if process is not None:
             unit, group, home = process.unit, process.group, process.home
-        if self._anonymous:
-            name, unit, group = self._hidden("program", name), self._hidden("unit", unit), self._hidden("group", group)
+            if self._domain_of is not None:
+                domain = self._shown("domain", self._domain_of(process))
+        name, unit, group = self._shown("program", name), self._shown("unit", unit), self._shown("group", group)
         family = self._families.setdefault(one.family, len(self._families))
         pid = number if self._anonymous else one.process.pid
-        self._add("process", [(number, pid, name, unit, group, family, home, started, None)])
+        self._add("process", [(number, pid, name, unit, group, family, home, started, None, domain)])
         self._add("process_sample", [(at, number, *count) for at, count in self._early.get(one.process, ())])
 
-    def _hidden(self, kind: str, name: str) -> str:
-        if not name:
-            return ""
+    def _shown(self, kind: str, name: str) -> str:
+        if not name or not self._anonymous:
+            return name
         if (kind, name) not in self._names:
             known = sum(1 for other, _ in self._names if other == kind)
             self._names[kind, name] = f"{kind} {known + 1}"
@@ -253,6 +281,7 @@ class Writer:
         """Have all that was said on disk."""
         with self._writing():
             self._database.execute("COMMIT")
+            self._committed = True
             self._database.execute("BEGIN")
 
     def close(self) -> None:
@@ -268,6 +297,6 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(error, Unwritable):
-            self._database.close()
+            self._abandon()
         else:
             self.close()

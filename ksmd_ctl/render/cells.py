@@ -228,6 +228,10 @@ _LATE_BUCKET, _LATE_COUNT, _LATE_SUM = (
     for suffix in ("_bucket", "_count", "_sum")
 )
 _UPTIME: Final = Family("ksmd_ctl_uptime_seconds", "Time since the service was started.")
+_CONFIG: Final = _info("ksmd_ctl_config", "A digest of all settings in force: equal where the settings are.")
+# As prometheus_client and others call them.
+_OWN_CPU: Final = _counter("process_cpu_seconds", "CPU time of the service, without that of its broker.")
+_OWN_MEMORY: Final = Family("process_resident_memory_bytes", "Resident memory of the service.")
 _RELOADED: Final = Family("ksmd_ctl_config_reload_successful", "1 if the last reload of the configuration succeeded.")
 _RELOAD_FAILURES: Final = _counter(
     "ksmd_ctl_config_reload_failures", "Reloads that were refused because the configuration is invalid."
@@ -366,6 +370,10 @@ def _service(found: Cells, report: Mapping[str, object]) -> None:
     found.add(_LATE_COUNT, number(late, "ticks"))
     found.add(_LATE_SUM, number(late, "seconds"))
     found.add(_UPTIME, number(daemon, "uptime_seconds"))
+    found.add(_OWN_CPU, number(daemon, "cpu_seconds"))
+    found.add(_OWN_MEMORY, number(daemon, "resident_bytes"))
+    if digest := text(daemon, "config_digest"):
+        found.add(_CONFIG, 1, (("digest", digest),))
     found.add(_RELOADED, not daemon.get("reload_error"))
     found.add(_RELOAD_FAILURES, number(daemon, "reload_failures"))
     history = part(report, "history")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ksmd_ctl.history.model import Kind
-from ksmd_ctl.render.page_history import Mark
+from ksmd_ctl.render.charts import Mark
 from ksmd_ctl.reports.document import number, part, parts, text
 
 _MARKS: Final = 200

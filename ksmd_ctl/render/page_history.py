@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Final
 
 from ksmd_ctl.history.model import Entry, Kind, Means, Severity
+from ksmd_ctl.render.charts import Curve, Mark
 
 STEP_SECONDS: Final = 10.0
 SPAN_SECONDS: Final = 3600.0
@@ -56,31 +57,6 @@ class Point:
     pages_scanned_per_second: float | None = None
     nodes: Mapping[str, float | None] = field(default_factory=dict)
     knobs: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """An event.
-
-    :ivar bad: it is a warning or worse
-    :ivar foreign: somebody else did it
-    """
-
-    time_seconds: float
-    text: str
-    bad: bool = False
-    foreign: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A figure over time: a value for each time of the history, nan if unknown."""
-
-    name: str
-    values: Sequence[float]
-
-    def known(self) -> list[float]:
-        return [value for value in self.values if not math.isnan(value)]
 
 
 class PageHistory:
@@ -146,15 +122,15 @@ class PageHistory:
         """The times of the points, oldest first."""
         return self._times
 
-    def saved(self) -> Line:
-        return Line("saved", self._saved)
+    def saved(self) -> Curve:
+        return Curve("saved", self._saved)
 
-    def speed(self) -> Line:
-        return Line("pages/s", self._speed)
+    def speed(self) -> Curve:
+        return Curve("pages/s", self._speed)
 
-    def nodes(self) -> list[Line]:
+    def nodes(self) -> list[Curve]:
         """KSM pages by node; empty before the first survey."""
-        return [Line(f"node {node}", self._nodes[node]) for node in sorted(self._nodes, key=_by_number)]
+        return [Curve(f"node {node}", self._nodes[node]) for node in sorted(self._nodes, key=_by_number)]
 
     def events(self, since: float) -> list[Mark]:
         """Events since then, oldest first."""

@@ -10,6 +10,7 @@ from statistics import median
 
 from ksmd_ctl.host.knobs import KnobValue
 from ksmd_ctl.host.sample import Sample
+from ksmd_ctl.replay.domains import DomainPages
 from ksmd_ctl.replay.player import Point
 from ksmd_ctl.reports.recording import RecordedHost, thinned
 from ksmd_ctl.reports.saving import saving
@@ -56,11 +57,26 @@ class Means:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplayedDomain:
+    """A trust domain at the end of the replay.
+
+    :ivar merged_bytes: its merged pages
+    :ivar shared_bytes: those that another domain maps, too
+    """
+
+    domain: str
+    processes: int
+    merged_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplayReport:
     """`replay --json`.
 
     :ivar knobs: values that were chosen
     :ivar policy: that decided, empty for the knobs as recorded
+    :ivar apart: trust domains were kept apart
     :ivar sampling_error: the standard error that the sample brings to pages_sharing, as a share of the greatest; 0 at
         1:1, None where the sample has no equal pages
     :ivar refused: writes of knobs that the simulated host refused
@@ -76,6 +92,8 @@ class ReplayReport:
     sampling_error: float | None
     recorded: Means
     replayed: Means
+    apart: bool
+    domains: tuple[ReplayedDomain, ...]
     refused: tuple[str, ...]
 
 
@@ -87,6 +105,9 @@ def replay_report(
     points: Sequence[Point],
     refused: Sequence[str],
     sampling_error: float | None = 0.0,
+    *,
+    apart: bool = False,
+    domains: Sequence[DomainPages] = (),
 ) -> ReplayReport:
     """The document of a replay."""
     page = host.page_size_bytes
@@ -110,6 +131,11 @@ def replay_report(
         sampling_error,
         _means([(one.seconds, one.recorded) for one in moments]),
         _means([(one.seconds, one.replayed) for one in moments]),
+        apart,
+        tuple(
+            ReplayedDomain(one.domain, one.processes, round(one.merged * page), round(one.shared * page))
+            for one in domains
+        ),
         tuple(refused),
     )
 

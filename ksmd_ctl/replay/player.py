@@ -26,6 +26,7 @@ from ksmd_ctl.host.knobs import KNOBS, SYSFS_KNOBS, Knob, KnobValue, same_value
 from ksmd_ctl.host.sample import HostKind, Sample
 from ksmd_ctl.policies.policy_runner import PolicyRunner
 from ksmd_ctl.recording.reader import Recording
+from ksmd_ctl.replay.domains import DomainNodes, DomainPages, domain_pages
 from ksmd_ctl.replay.miniature import MiniatureHost, MiniatureMachine, content_of
 from ksmd_ctl.replay.pace import SIMULATED, measure
 from ksmd_ctl.replay.progress import first_reached, read_progress
@@ -58,16 +59,19 @@ class Choices:
     :ivar config: with a policy that decides about the knobs; None to write them as they were recorded. Knobs that
         neither it nor its policy names are written as they were recorded
     :ivar profile: of the engine, empty for the recorded one
+    :ivar apart: trust domains are kept apart, each on nodes of its own
     """
 
     knobs: Mapping[Knob, KnobValue]
     config: Config | None = None
     profile: str = ""
+    apart: bool = False
 
     @property
     def as_recorded(self) -> bool:
         """Whether nothing is other than recorded; a policy that writes nothing changes nothing."""
-        return not self.knobs and not self.profile and (self.config is None or not self.config.policy.writes)
+        other = self.knobs or self.profile or self.apart
+        return not other and (self.config is None or not self.config.policy.writes)
 
 
 class Player:
@@ -95,11 +99,14 @@ class Player:
             why = f"profile {kind.name} does not have {lacking[0]}"
             raise UsageError("choosing knobs", why, hint="--profile names another")
         nodes = max(recording.nodes(), default=0) + 1
+        self._apart = DomainNodes(recording, nodes) if choices.apart else None
+        nodes = nodes if self._apart is None else self._apart.nodes
         pace = SIMULATED if recording.facts.kind == HostKind.ENGINE else measure(self.samples)
         machine = MiniatureMachine(nodes, kind, recording.facts.one_in, pace)
         self.host = MiniatureHost(machine)
         self.refused: dict[str, None] = {}
         self._processes = {one.process: one for one in recording.processes()}
+        self._domains = {one.process: one.domain for one in self._processes.values() if one.domain is not None}
         # When ksmd first came to them, where it is followed.
         self._reached: Mapping[int, float] = {}
         progress = None if recording.facts.kind == HostKind.ENGINE else read_progress(self.samples)
@@ -141,6 +148,16 @@ class Player:
             self._run_until(recorded.time_seconds)
             self.host.recorded = recorded
             yield Point(recorded, self.host.sample())
+
+    def domain_pages(self) -> tuple[DomainPages, ...]:
+        """What each trust domain has merged and shares, now."""
+        weights, share = self.host.machine.weights, self.host.machine.share
+        there = [(number, one.vma, weights.get(one.process.mm, share)) for number, one in self._memory.items()]
+        return domain_pages(self._domains, there)
+
+    def _node(self, number: int, recorded: int) -> int:
+        """The node of a process's page."""
+        return recorded if self._apart is None else self._apart.node(number, recorded)
 
     def _begin(self) -> None:
         first = self.samples[0]
@@ -256,6 +273,8 @@ class Player:
             machine, places = self.host.machine, self._places[number]
             # Copies of what is un-merged are where the process belongs.
             home = recorded.home if recorded.home in range(machine.memory.nr_node_ids) else None
+            if self._apart is not None:
+                home = self._apart.node(number, home or 0)
             pid = machine.spawn(recorded.name, home or 0)
             machine.mmap(pid, len(places), home)
             process = machine.processes[pid]
@@ -287,14 +306,14 @@ class Player:
                 index = memory.places[row.page]
                 address = vma.start + (index << PAGE_SHIFT)
                 if row.content == REWRITTEN:
-                    machine.keep_writing(vma, address, row.node)
+                    machine.keep_writing(vma, address, self._node(number, row.node))
                     continue
                 machine.rewritten.get(vma, {}).pop(address, None)
                 if row.content is None:
                     zap_pte(ksm, vma, index)
                     left.add(address)
                     continue
-                content, page = content_of(row.content), vma.ptes[index]
+                content, page, node = content_of(row.content), vma.ptes[index], self._node(number, row.node)
                 if not isinstance(page, Page) or page.content != content:
                     if row.frame and (forked := self._forked(number, row.page, content)) is not None:
                         vma.anon_vma_prepare()
@@ -302,12 +321,12 @@ class Player:
                         vma.ptes[index] = forked
                         forked.mapcount += 1
                         continue
-                    write_fault(ksm, vma, address, content, row.node)
+                    write_fault(ksm, vma, address, content, node)
                 # A merged page is on the node of its frame, which tells nothing of the process.
                 page = vma.ptes[index]
                 plain = isinstance(page, Page) and not folio_test_ksm(page) and not row.frame
-                if plain and isinstance(page, Page) and page_to_nid(page) != row.node:
-                    migrate_page(ksm, page, row.node)
+                if plain and isinstance(page, Page) and page_to_nid(page) != node:
+                    migrate_page(ksm, page, node)
             if left and self._sampled:
                 machine.leave(vma.mm, left)
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.recording.reader import Facts, PageChange, ProcessLook, RecordedProcess, Recording
@@ -85,6 +85,25 @@ class RecordedGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedDomain:
+    """A trust domain with mergeable memory at the last look, as `RecordedGroup`.
+
+    :ivar nodes: that are its alone
+    :ivar shared_bytes: its pages of which another domain has an equal one, about
+    :ivar could_save_bytes: what merging its equal pages with one another would free, about
+    """
+
+    domain: str
+    nodes: tuple[int, ...]
+    processes: int
+    mergeable_bytes: int
+    merged_bytes: int | None
+    equal_bytes: int
+    shared_bytes: int
+    could_save_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedPair:
     """Two groups with contents in common: so many bytes if each of these contents is counted once, about."""
 
@@ -132,6 +151,7 @@ class RecordingReport:
     timeline: tuple[TimelinePoint, ...]
     contents: Contents
     groups: tuple[RecordedGroup, ...]
+    domains: tuple[RecordedDomain, ...]
     pairs: tuple[RecordedPair, ...]
     events: tuple[Happened, ...]
     events_left_out: int
@@ -147,7 +167,8 @@ def recording_report(recording: Recording) -> RecordingReport:
     processes = {one.process: one for one in recording.processes()}
     # Of a recording anything may be expected.
     limits = [limit for one in samples if (limit := one.number("max_page_sharing") or 0) >= 2]
-    contents, groups, pairs = _contents(recording, processes, int(limits[-1]) if limits else _MAX_PAGE_SHARING)
+    limit = int(limits[-1]) if limits else _MAX_PAGE_SHARING
+    contents, groups, domains, pairs = _contents(recording, processes, limit)
     events = recording.events()
     return RecordingReport(
         1,
@@ -155,6 +176,7 @@ def recording_report(recording: Recording) -> RecordingReport:
         tuple(timeline(samples, facts.page_size_bytes)),
         contents,
         groups,
+        domains,
         pairs,
         tuple(Happened(*event) for event in events[:_MOST_EVENTS]),
         max(0, len(events) - _MOST_EVENTS),
@@ -223,7 +245,7 @@ def _rate(before: Sample, sample: Sample, name: str) -> float | None:
 
 def _contents(
     recording: Recording, processes: Mapping[int, RecordedProcess], limit: int
-) -> tuple[Contents, tuple[RecordedGroup, ...], tuple[RecordedPair, ...]]:
+) -> tuple[Contents, tuple[RecordedGroup, ...], tuple[RecordedDomain, ...], tuple[RecordedPair, ...]]:
     page = recording.facts.page_size_bytes
     looks = recording.looks()
     found: dict[int, dict[int, ProcessLook]] = {}
@@ -240,31 +262,15 @@ def _contents(
             pages.pop(row.page, None)
         else:
             pages[row.page] = row
-    names = {number: processes[number].group if number in processes else "?" for number in there}
-    by_group: dict[str, Counter[int]] = {name: Counter() for name in names.values()}
-    for number, name in names.items():
-        by_group[name].update(row.content for row in state.get(number, {}).values() if row.content is not None)
-    total: Counter[int] = sum(by_group.values(), Counter())
-    holders = Counter(content for counts in by_group.values() for content in counts)
-    seen, sampled = sum(one.pages for one in there.values()), total.total()
+    seen = sum(one.pages for one in there.values())
+    sampled = sum(len(state.get(number, ())) for number in there)
     share = seen / sampled if sampled else 0.0
-    groups = []
-    for name, counts in by_group.items():
-        members = [there[number] for number, other in names.items() if other == name]
-        merging = [one.merging_pages for one in members if one.merging_pages is not None]
-        equal = sum(count for content, count in counts.items() if total[content] > 1)
-        shared = sum(count for content, count in counts.items() if holders[content] > 1)
-        groups.append(
-            RecordedGroup(
-                group=name,
-                processes=len(members),
-                mergeable_bytes=sum(one.pages for one in members) * page,
-                merged_bytes=sum(merging) * page if merging else None,
-                equal_bytes=round(equal * share * page),
-                shared_bytes=round(shared * share * page),
-            )
-        )
+    names = {number: processes[number].group if number in processes else "?" for number in there}
+    by_group = _counted(names, state)
+    groups = [RecordedGroup(name, *figures) for name, figures in _figures(names, by_group, there, share, page)]
     groups.sort(key=lambda one: (-one.mergeable_bytes, one.group))
+    domains = _domains(recording, processes, state, there, share, limit)
+    holders = Counter(content for counts in by_group.values() for content in counts)
     contents = Contents(
         looks=len(looks),
         cpu_seconds=sum(one.cpu_seconds for one in looks),
@@ -273,7 +279,73 @@ def _contents(
         sampled=sampled,
         could_save_bytes=round(_freed(processes, state, there, limit) * share * page),
     )
-    return contents, tuple(groups), tuple(_pairs(by_group, holders, share * page))
+    return contents, tuple(groups), domains, tuple(_pairs(by_group, holders, share * page))
+
+
+_State = Mapping[int, Mapping[int, PageChange]]
+
+
+class _Figures(NamedTuple):
+    """As of `RecordedGroup`."""
+
+    processes: int
+    mergeable_bytes: int
+    merged_bytes: int | None
+    equal_bytes: int
+    shared_bytes: int
+
+
+def _counted(names: Mapping[int, str], state: _State) -> Mapping[str, Counter[int]]:
+    """By name, how many pages of the sample have each content."""
+    found: dict[str, Counter[int]] = {name: Counter() for name in names.values()}
+    for number, name in names.items():
+        found[name].update(row.content for row in state.get(number, {}).values() if row.content is not None)
+    return found
+
+
+def _figures(
+    names: Mapping[int, str],
+    counted: Mapping[str, Counter[int]],
+    there: Mapping[int, ProcessLook],
+    share: float,
+    page: int,
+) -> Iterator[tuple[str, _Figures]]:
+    """The figures of each name."""
+    total: Counter[int] = sum(counted.values(), Counter())
+    holders = Counter(content for counts in counted.values() for content in counts)
+    for name, counts in counted.items():
+        members = [there[number] for number, other in names.items() if other == name]
+        merging = [one.merging_pages for one in members if one.merging_pages is not None]
+        equal = sum(count for content, count in counts.items() if total[content] > 1)
+        shared = sum(count for content, count in counts.items() if holders[content] > 1)
+        yield (
+            name,
+            _Figures(
+                processes=len(members),
+                mergeable_bytes=sum(one.pages for one in members) * page,
+                merged_bytes=sum(merging) * page if merging else None,
+                equal_bytes=round(equal * share * page),
+                shared_bytes=round(shared * share * page),
+            ),
+        )
+
+
+def _domains(
+    recording: Recording,
+    processes: Mapping[int, RecordedProcess],
+    state: _State,
+    there: Mapping[int, ProcessLook],
+    share: float,
+    limit: int,
+) -> tuple[RecordedDomain, ...]:
+    page, nodes = recording.facts.page_size_bytes, recording.domains()
+    names = {number: name for number in there if number in processes and (name := processes[number].domain) is not None}
+    found = []
+    for name, figures in _figures(names, _counted(names, state), there, share, page):
+        own = [number for number, other in names.items() if other == name]
+        saved = round(_freed(processes, state, own, limit) * share * page)
+        found.append(RecordedDomain(name, tuple(sorted(nodes.get(name, ()))), *figures, saved))
+    return tuple(sorted(found, key=lambda one: (-one.mergeable_bytes, one.domain)))
 
 
 def _freed(

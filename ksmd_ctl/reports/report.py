@@ -51,6 +51,8 @@ class DaemonFacts:
     """The service itself.
 
     :ivar tick_lateness: how late ticks came (`ksmd_ctl.daemon.loop`)
+    :ivar cpu_seconds: CPU time that its process has taken, without that of the broker
+    :ivar resident_bytes: memory of its process; None where that can't be read
     """
 
     pid: int
@@ -62,6 +64,8 @@ class DaemonFacts:
     reload_failures: int = 0
     restart_needed_for: tuple[str, ...] = ()
     tick_lateness: Mapping[str, object] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+    resident_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +191,11 @@ def document(report: Report) -> dict[str, object]:
         "host": host_document(report.identity),
         "daemon": None
         if daemon is None
-        else {**encode_fields(daemon), "config_files": [] if config is None else list(config.files)},
+        else {
+            **encode_fields(daemon),
+            "config_files": [] if config is None else list(config.files),
+            "config_digest": "" if config is None else config.digest,
+        },
         "policy": None if config is None else config.policy.value,
         "on_drift": None if config is None else config.on_drift.value,
         "at_stop": None if config is None else config.at_stop.value,

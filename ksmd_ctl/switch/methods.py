@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Switches merging for a process by the first method that works: QEMU's monitor, else an injected system call."""
+"""Switches merging for a process: by QEMU's monitor, by injected system calls, or by one after the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.switching import state, switch, unmerge
 from ksmd_ctl.kernel.syscalls import knows_memory_merge
-from ksmd_ctl.switch.monitor import Marked, monitored, switch_by_monitor
+from ksmd_ctl.switch.monitor import Marked, monitored, need_monitor, switch_by_monitor
 
 Report = Callable[[Progress], None]
 Stop = Callable[[], bool]
@@ -30,46 +30,81 @@ def switch_merging(
 ) -> SwitchResult:
     """Switch merging on or off for a process. It may block: run it in a child.
 
-    :param method: None for the first that works
+    :param method: None for what works: a virtual machine is switched by both
     :param dry_run: only find out what would be done
     :raises KsmdError: no method works; the error is that of the last one
     """
     process = request.process
     if method is Method.QMP:
         return _by_monitor(request, dry_run=dry_run, root=root, progress=progress, stop=stop)
-    came: SwitchResult | KsmdError | None = None
     by_monitor = method is None and not request.ranges and monitored(process, root)
-    # What prctl made mergeable is more than the machine's memory, and no monitor takes it back.
-    if by_monitor and (request.on or not Marked.of(process, root).merge_any):
-        try:
-            came = _by_monitor(request, dry_run=dry_run, root=root, progress=progress, stop=stop)
-        except (NoSuchProcess, Cancelled):
-            raise
-        except KsmdError as error:
-            came = error
-    if isinstance(came, SwitchResult) and (dry_run or not came.left):
-        return came
     if dry_run:
-        return _would_inject(request, root)
+        return _would(request, by_monitor=by_monitor, root=root)
+    if not by_monitor:
+        return switch(request, root=root, progress=progress, stop=stop)
+    both = _on if request.on else _off
+    return both(request, root=root, progress=progress, stop=stop)
+
+
+def _on(request: Switch, *, root: Path, progress: Report, stop: Stop) -> SwitchResult:
+    """Switch a virtual machine on by its monitor, and inject what that does not do."""
+    came: SwitchResult | KsmdError
+    try:
+        came = switch_by_monitor(request.process, on=True, root=root, stop=stop)
+        if not came.left:
+            return came
+    except (NoSuchProcess, Cancelled):
+        raise
+    except KsmdError as error:
+        came = error
     try:
         result = switch(request, root=root, progress=progress, stop=stop)
     except KsmdError as error:
         if isinstance(came, SwitchResult):
             return replace(came, left=(*came.left, error.why))
         # Where nothing can be injected, it is the monitor that matters.
-        raise (came if isinstance(error, Absent) and came is not None else error) from error
-    if isinstance(came, SwitchResult):
-        longest = max(came.stopped_seconds, result.stopped_seconds)
-        return replace(
-            result,
-            how=f"{came.how}; {result.how}",
-            before=came.before,
-            stopped_seconds=longest,
-            unmerged_pages=came.unmerged_pages + result.unmerged_pages,
-        )
-    if came is not None:
-        return replace(result, how=f"{result.how}; the monitor did not do it: {came.why}")
-    return result
+        raise (came if isinstance(error, Absent) else error) from error
+    return _by_itself(result, came) if isinstance(came, KsmdError) else _both(came, result, injected=result)
+
+
+def _off(request: Switch, *, root: Path, progress: Report, stop: Stop) -> SwitchResult:
+    """Switch a virtual machine off.
+
+    QEMU takes out a whole backend in one call: with 2 GiB the machine's main loop waited for 0.2 s, and so does
+    whoever faults. So parts are taken out by injected calls, and the monitor's does nothing but set the property.
+    """
+    try:
+        result = switch(request, root=root, progress=progress, stop=stop)
+    except (NoSuchProcess, Cancelled):
+        raise
+    except KsmdError as error:
+        try:
+            came = _by_monitor(request, dry_run=False, root=root, progress=progress, stop=stop)
+        except KsmdError as second:
+            raise (second if isinstance(error, Absent) else error) from second
+        return replace(came, left=(*came.left, error.why)) if came.left else came
+    if result.after is not False:
+        # There was no room, or no time: the monitor would not ask.
+        return result
+    try:
+        noted = switch_by_monitor(request.process, on=False, root=root, stop=stop)
+    except KsmdError as error:
+        return _by_itself(result, error)
+    return _both(result, noted, injected=result)
+
+
+def _by_itself(injected: SwitchResult, error: KsmdError) -> SwitchResult:
+    return replace(injected, how=f"{injected.how}; the monitor did not do it: {error.why}")
+
+
+def _both(first: SwitchResult, second: SwitchResult, *, injected: SwitchResult) -> SwitchResult:
+    return replace(
+        injected,
+        how=f"{first.how}; {second.how}",
+        before=first.before,
+        stopped_seconds=max(first.stopped_seconds, second.stopped_seconds),
+        unmerged_pages=first.unmerged_pages + second.unmerged_pages,
+    )
 
 
 def _by_monitor(request: Switch, *, dry_run: bool, root: Path, progress: Report, stop: Stop) -> SwitchResult:
@@ -78,13 +113,39 @@ def _by_monitor(request: Switch, *, dry_run: bool, root: Path, progress: Report,
     """
     unmerged = 0
     if not (request.on or dry_run):
+        # Where no monitor switches it, nothing is to be un-merged for that either.
+        need_monitor(request.process, root)
         unmerged = unmerge(request, root=root, progress=progress, stop=stop)
     came = switch_by_monitor(request.process, on=request.on, dry_run=dry_run, root=root, stop=stop)
     return replace(came, unmerged_pages=unmerged)
 
 
+def _would(request: Switch, *, by_monitor: bool, root: Path) -> SwitchResult:
+    """What would be done; nothing is attached to the process.
+
+    :raises KsmdError: it can be told that it would fail
+    """
+    if not by_monitor:
+        return _would_inject(request, root)
+    try:
+        monitor = switch_by_monitor(request.process, on=request.on, dry_run=True, root=root)
+    except NoSuchProcess:
+        raise
+    except KsmdError:
+        return _would_inject(request, root)
+    if request.on:
+        return monitor
+    try:
+        injected = _would_inject(request, root)
+    except NoSuchProcess:
+        raise
+    except KsmdError:
+        return monitor
+    return replace(injected, how=f"{injected.how}; {monitor.how}")
+
+
 def _would_inject(request: Switch, root: Path) -> SwitchResult:
-    """What an injected call would do; nothing is attached to the process.
+    """What an injected call would do.
 
     :raises KsmdError: it can be told that it would fail
     """

@@ -90,6 +90,16 @@ def monitored(process: ProcessId, root: Path = Path("/")) -> bool:
     return not libvirt_domain(command) and any(not monitor.unusable for monitor in monitors(command))
 
 
+def need_monitor(process: ProcessId, root: Path = Path("/")) -> None:
+    """
+    :raises KsmdError: the monitor can't be used, as `switch_by_monitor`
+    """
+    command = _command(process, root)
+    _need_ours(command, on=False)
+    with _opened(process, command, root) as qmp:
+        _private(qmp, qmp.backends())
+
+
 def switch_by_monitor(
     process: ProcessId,
     *,
@@ -107,17 +117,12 @@ def switch_by_monitor(
     :raises KsmdError: the monitor can't be used
     """
     command = _command(process, root)
-    if domain := libvirt_domain(command):
-        hint = f"--method inject; or, which taints the domain: {passthrough(domain, backend_names(command), on=on)}"
-        raise Refused(_WHAT, f"libvirt keeps the monitor of domain {domain} to itself", hint=hint)
+    _need_ours(command, on=on)
     if dry_run:
         return _would_set(process, command, on=on, root=root)
     with _opened(process, command, root) as qmp:
         backends = qmp.backends()
-        private = tuple(backend for backend in backends if not backend.share)
-        if not private:
-            why = "it has no memory backend that is private" if backends else "it has no memory backend"
-            raise Absent(_WHAT, f"{why} ({qmp.version})", hint=_TRY_INJECT)
+        private = _private(qmp, backends)
         before = Marked.of(process, root)
         seconds = _switched(process, qmp, private, before, on=on, root=root, stop=stop)
         if stop():
@@ -142,6 +147,26 @@ def switch_by_monitor(
             stopped_seconds=seconds,
             left=tuple(_left(backends, after, on=on)),
         )
+
+
+def _need_ours(command: Sequence[str], *, on: bool) -> None:
+    """
+    :raises Refused: the monitor is libvirt's
+    """
+    if domain := libvirt_domain(command):
+        hint = f"--method inject; or, which taints the domain: {passthrough(domain, backend_names(command), on=on)}"
+        raise Refused(_WHAT, f"libvirt keeps the monitor of domain {domain} to itself", hint=hint)
+
+
+def _private(qmp: Qmp, backends: Sequence[Backend]) -> tuple[Backend, ...]:
+    """
+    :raises Absent: no memory of it could be merged
+    """
+    private = tuple(backend for backend in backends if not backend.share)
+    if not private:
+        why = "it has no memory backend that is private" if backends else "it has no memory backend"
+        raise Absent(_WHAT, f"{why} ({qmp.version})", hint=_TRY_INJECT)
+    return private
 
 
 def _command(process: ProcessId, root: Path) -> list[str]:

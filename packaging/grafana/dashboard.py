@@ -223,6 +223,13 @@ ROWS: Rows = (
                     ("ksm_sleep_secondsHOST * 1000", "sleep_millisecs {{instance}}"),
                 ],
             ),
+            Panel(
+                "The service, of one CPU",
+                [("rate(process_cpu_seconds_totalHOST[$__rate_interval])", "{{instance}}")],
+                "percentunit",
+                "Without its broker.",
+            ),
+            Panel("Memory of the service", [("process_resident_memory_bytesHOST", "{{instance}}")], "bytes"),
             Panel("Samples", [("rate(ksmd_ctl_ticks_totalHOST[$__rate_interval])", "{{instance}}")], "cps"),
             Panel(
                 "Samples come late",
@@ -344,12 +351,40 @@ FLEET_ROWS: Rows = (
         ),
     ),
     (
+        "What the services take",
+        8,
+        (
+            _table(
+                "CPU",
+                f"topk({_MOST}, rate(process_cpu_seconds_totalHOST[$__rate_interval]))",
+                "of one CPU",
+                "percentunit",
+                "Of the service, without its broker and without ksmd.",
+            ),
+            _table("Memory", f"topk({_MOST}, process_resident_memory_bytesHOST)", "resident", "bytes"),
+            Panel(
+                "All together",
+                [
+                    ("sum(rate(process_cpu_seconds_totalHOST[$__rate_interval]))", "services"),
+                    ("sum(rate(ksm_ksmd_cpu_seconds_totalHOST[$__rate_interval]))", "ksmd"),
+                ],
+                help="CPUs.",
+            ),
+        ),
+    ),
+    (
         "Versions",
         8,
         (
             _table("ksmd-ctl", "count by (cluster, version) (ksmd_ctl_build_infoHOST)", "hosts"),
             _table("Kernels", "count by (cluster, release) (ksmd_ctl_host_infoHOST)", "hosts"),
             _table("Policies", "count by (cluster, policy) (ksmd_ctl_policy_infoHOST)", "hosts"),
+            _table(
+                "Configurations",
+                "count by (cluster, digest) (ksmd_ctl_config_infoHOST)",
+                "hosts",
+                help_text="Hosts with one digest have the same settings, whichever files these are in.",
+            ),
         ),
     ),
 )

@@ -20,17 +20,19 @@ from tests.benchmarks.test_policy_live import TRACES
 def case(found: float, reached: int, early: tuple[tuple[float, float], ...] = ((0, 1000),)) -> Case:
     figures = tuple(Figure("sample", 1.0, 10, low, high) for low, high in early)
     return Case("", "small", False, 4000, reached, (Figure("final", 5, found, found - 5, found + 5),), figures,
-                (1.1, 1.3, 1.0), 0.03)  # fmt: skip
+                (1.1, 1.3, 1.0), 0.03, (2.0, 0.5), (1.0, 1.0))  # fmt: skip
 
 
 def test_marks() -> None:
     cases = [case(100, 100)] * 19 + [case(100, 200, ((0, 10), (0, 300)))]
-    error, held, cost, first, share = foresight._marks(cases)
+    error, held, cost, first, share, until_merged, later = foresight._marks(cases)
     assert error.startswith("error at the 95th percentile 0.00 %".replace(" %", "%"))
     assert "final 95%, all 95%" in held
     assert "a pass: 1.10" in cost
     assert "1.0 s" in first
     assert "3.00%" in share
+    assert "median 2.00" in until_merged
+    assert "median 0.50" in later
     worse = [*foresight._marks([case(100, 100)] * 18 + [case(100, 200)] * 2)]
     assert worse[0].startswith("error at the 95th percentile 50.00%")
 
@@ -54,6 +56,7 @@ def test_a_small_case(ksm_host: object, memory: Memory, monkeypatch: pytest.Monk
     assert found.error < 0.01
     assert found.held(found.figures[-1])
     assert "two" not in foresight._line(found)
+    assert min(*found.predicted, *found.taken) > 0
 
 
 def test_it_says_what_it_needs() -> None:

@@ -89,10 +89,10 @@ def test_what_is_no_size(text: str) -> None:
         domains_plan.memory_size(text)
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1e3", "x", "1.", ".5", "nan"])
+@pytest.mark.parametrize("text", ["", "-1", "1e3", "x", "99.1", "nan", "\u0660.5"])
 def test_what_is_no_share(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
-        domains_plan.share(text)
+    with pytest.raises(UsageError, match="is not a share from 0 to 99"):
+        make_parser(["domains"]).parse_args(["domains", "plan", f"--reserve={text}"])
 
 
 def test_options_may_be_given_before_the_action() -> None:

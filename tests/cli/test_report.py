@@ -148,3 +148,31 @@ def test_the_policies_are_those_that_there_are() -> None:
 def test_a_knob_is_given_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(path), "run=1", "run=0"]) == ExitCode.USAGE
     assert "run is given twice" in capsys.readouterr().err
+
+
+def test_the_domains_of_a_configuration_are_recorded_reported_and_kept_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, recording = tmp_path / "c.toml", tmp_path / "d"
+    config.write_text('[domains.gold]\nunits = ["gold.service"]\n')
+    words = ("record", "--host", "engine", "-o", recording, "--for", "0.5", "--cpu", "1", "--config", config)
+    assert main([str(word) for word in words]) == ExitCode.DONE
+    capsys.readouterr()
+    out = said(capsys, "report", recording, "--html", tmp_path / "report.html")
+    assert "all domains together would save about" in out
+    assert "Trust domains" in (tmp_path / "report.html").read_text()
+    out = said(capsys, "replay", recording, "--apart", "--html", tmp_path / "replay.html")
+    assert "replayed with merge_across_nodes = 0, use_zero_pages = 0, trust domains kept apart" in out
+    assert "Trust domains at the end" in (tmp_path / "replay.html").read_text()
+
+
+def test_domains_that_were_not_recorded_and_a_knob_that_joins_them(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", str(path), "--apart"]) == ExitCode.USAGE
+    assert capsys.readouterr().err.splitlines() == [
+        "ksmd-ctl: keeping domains apart: no domains were recorded",
+        "hint: ksmd-ctl record takes them from the [domains] of its configuration (--config)",
+    ]
+    assert main(["replay", str(path), "--apart", "merge_across_nodes=1"]) == ExitCode.USAGE
+    assert "--apart needs merge_across_nodes = 0" in capsys.readouterr().err

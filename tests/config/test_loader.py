@@ -38,6 +38,18 @@ def test_an_empty_file_is_the_packaged_default(tmp_path: Path) -> None:
     assert config.knobs == {}
 
 
+def test_the_digest_is_that_of_the_settings_alone(tmp_path: Path) -> None:
+    text = 'policy = "fixed"\n[knobs]\nrun = 1\npages_to_scan = 100\n[domains.gold]\nslices = ["gold.slice"]\n'
+    one = load(write(tmp_path / "one.toml", text)).digest
+    other = "# as before\n[knobs]\npages_to_scan = 100\nrun = 1\n[domains.gold]\nslices = [ 'gold.slice' ]\n"
+    write(tmp_path / "other/conf.d/10.toml", other)
+    assert load(write(tmp_path / "other/main.toml", 'policy = "fixed"\n')).digest == one
+    assert len(one) == 12
+    for change in (("run = 1", "run = 0"), ("gold.slice", "silver.slice"), ("domains.gold", "domains.silver")):
+        assert load(write(tmp_path / "changed.toml", text.replace(*change))).digest != one
+    assert load(write(tmp_path / "more.toml", f'{text}[service]\nat_stop = "leave"\n')).digest != one
+
+
 def test_later_files_win_key_by_key(tmp_path: Path) -> None:
     main = write(
         tmp_path / "main.toml",

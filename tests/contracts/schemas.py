@@ -82,6 +82,9 @@ class Daemon:
     tick_lateness: Lateness
     metrics_address: str
     config_files: tuple[str, ...]
+    config_digest: str
+    cpu_seconds: Number
+    resident_bytes: int | None
     reload_error: str
     reload_failures: int
     restart_needed_for: tuple[str, ...]

@@ -405,7 +405,7 @@ def test_a_slow_disk_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.Monkey
             await asyncio.sleep(0.001)
         assert not writing.done()
         assert not asked.done()
-        assert len(service.history._entries) == 11
+        assert len(service.history._waiting.entries) == 11
         disk.gate.set()
         events: Any = (await asked)["events"]
         assert len(events) == 12

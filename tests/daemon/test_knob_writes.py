@@ -133,8 +133,8 @@ def test_another_knob_is_another_matter(place: Place) -> None:
     def script() -> None:
         place.came(BASH)
         assert place.told(place.seen(7, Knob.PAGES_TO_SCAN), place.seen(0)) == [(0, "bash (pid 8)")]
-        assert [change.drift.knob for change in place.writes.rest()] == [Knob.PAGES_TO_SCAN]
-        assert place.writes.rest() == []
+        assert [change.drift.knob for change in place.writes.rest(INTERVAL)] == [Knob.PAGES_TO_SCAN]
+        assert place.writes.rest(INTERVAL) == []
 
     place.run(script)
 
@@ -159,7 +159,9 @@ def test_who_unmerged_all_is_known_when_that_is_over(place: Place) -> None:
     def script() -> None:
         # This one has written what was there.
         place.came(TEE)
-        assert place.told(place.seen(2)) == []
+        change = place.seen(2)
+        place.now += 0.001
+        assert place.told(change) == []
         for _ in range(50):
             place.now += 1
             # The service waits until it can write 1.
@@ -167,6 +169,15 @@ def test_who_unmerged_all_is_known_when_that_is_over(place: Place) -> None:
         place.came(BASH, BROKER)
         place.ours.add(77)
         assert place.told() == [(2, "bash (pid 8)")]
+
+    place.run(script)
+
+
+def test_what_still_waits_at_the_end_of_the_service_is_told_with_the_name_that_is_known(place: Place) -> None:
+    def script() -> None:
+        assert place.told(place.seen(2), place.seen(7, Knob.PAGES_TO_SCAN)) == []
+        place.came(BASH)
+        assert [change.who for change in place.writes.rest(INTERVAL)] == ["bash (pid 8)", ""]
 
     place.run(script)
 

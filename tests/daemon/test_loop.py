@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,18 @@ def test_a_tick_that_comes_late_is_counted_as_late(tmp_path: Path) -> None:
         assert isinstance(daemon, dict)
         assert (daemon["tick_lateness"]["ticks"], daemon["tick_lateness"]["seconds"] >= 100) == (2, True)
         assert daemon["tick_lateness"]["within"]["0.5"] < 2
+
+    bench.run(script)
+
+
+def test_what_the_service_takes_itself_is_reported(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {})
+
+    def script() -> None:
+        daemon = bench.loop.document()["daemon"]
+        assert isinstance(daemon, dict)
+        assert 0 < daemon["cpu_seconds"] <= time.process_time()
+        assert 1 << 20 < daemon["resident_bytes"] < 1 << 36
 
     bench.run(script)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,14 @@ class Place:
         self.running: list[subprocess.Popen[str]] = []
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notify.bind(str(directory / "notify"))
-        self.notify.settimeout(PATIENCE_SECONDS)
+        # A service waits for systemd to read, and here for nobody.
+        self.messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.listener = threading.Thread(target=self._listen)
+        self.listener.start()
+
+    def _listen(self) -> None:
+        while message := self.notify.recv(65536):
+            self.messages.put(message.decode())
 
     def configure(self, text: str, *, service: str = "") -> None:
         self.config.write_text(
@@ -60,7 +69,7 @@ class Place:
     def told(self, what: str) -> str:
         """Wait until a service tells systemd something."""
         while True:
-            message = self.notify.recv(65536).decode()
+            message = self.messages.get(timeout=PATIENCE_SECONDS)
             if what in message:
                 return message
 
@@ -117,6 +126,8 @@ def place(tmp_path: Path) -> Iterator[Place]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+    place.notify.shutdown(socket.SHUT_RDWR)
+    place.listener.join()
     place.notify.close()
 
 

@@ -30,6 +30,19 @@ NOT_EMULATED = (
     *("--deselect", f"{SHARING}::test_a_process_that_keeps_its_readers_waiting_holds_nobody_up"),
 )
 
+_PROGRAMS, _SWITCHING = "tests/kernel/test_switched_programs.py", "tests/kernel/test_switching.py"
+#: Programs that are switched, by prctl or, on 6.1, by madvise of each mapping; one is filtered by seccomp. What takes
+#: minutes is left to this machine.
+SWITCHED = (
+    f"{_PROGRAMS}::test_on_and_off[filter]",
+    f"{_SWITCHING}::test_on_and_off",
+    f"{_SWITCHING}::test_only_some_addresses",
+)
+
+
+def check_switched(guest: Boot) -> None:
+    assert (guest.passed(_PROGRAMS), guest.passed(_SWITCHING)) == (1, 2)
+
 
 def comparison(folder: Path, domains: int = 0) -> dict[str, list[str]]:
     """Kernel and engine compared: the library, and random scenarios, so many of them with domains."""
@@ -58,7 +71,8 @@ sys.exit(77)
 def older(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("6.1-2")
     # What takes a node of memory only is left to four nodes.
-    tests = (f"{INSIDE}/numa.py", f"{INSIDE}/estimate.py", ZERO_PAGES, SHARING, *NOT_EMULATED, "-k", "not memory_only")
+    places = (f"{INSIDE}/numa.py", f"{INSIDE}/estimate.py", ZERO_PAGES, SHARING, *NOT_EMULATED)
+    tests = (*places, *SWITCHED, "-k", "not memory_only")
     last = ("python3", "-c", SAY, str(folder), *AWKWARD)
     return boot(folder, "6.1", 2, {**comparison(folder), "probe": PROBE}, tests, REMOVABLE, last)
 
@@ -69,6 +83,7 @@ def test_two_nodes_of_an_older_kernel(older: Boot) -> None:
     assert older.passed(f"{INSIDE}/doctor.py") == 1
     assert older.passed(f"{INSIDE}/estimate.py") == 2
     assert older.passed(SHARING) >= 2
+    check_switched(older)
     older.said("tests")
 
 
@@ -102,13 +117,14 @@ TWO_NODES = {
     "domains": 8,
     "domains_measures": 3,
     "estimate": 2,
+    "foreign": 3,
 }
 
 
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("6.12-2")
-    tests = [*(f"{INSIDE}/{name}.py" for name in TWO_NODES), SHARING, *NOT_EMULATED]
+    tests = [*(f"{INSIDE}/{name}.py" for name in TWO_NODES), SHARING, *NOT_EMULATED, *SWITCHED]
     return boot(
         folder,
         "6.12",
@@ -126,6 +142,20 @@ def test_two_nodes(two_nodes: Boot, file: str, least: int) -> None:
     assert two_nodes.passed(f"{INSIDE}/{file}.py") >= least
     assert two_nodes.passed(SHARING) >= 2
     two_nodes.said("tests")
+
+
+def test_programs_are_switched(two_nodes: Boot) -> None:
+    check_switched(two_nodes)
+
+
+@pytest.fixture(scope="module")
+def newest(tmp_path_factory: pytest.TempPathFactory) -> Boot:
+    return boot(tmp_path_factory.mktemp("7.2-2"), "7.2", 2, {}, SWITCHED)
+
+
+def test_programs_are_switched_on_the_newest_kernel(newest: Boot) -> None:
+    check_switched(newest)
+    newest.said("tests")
 
 
 @pytest.mark.parametrize(("guest", "kernel", "domains"), [("older", "6.1", 0), ("two_nodes", "6.12", RANDOM_SCENARIOS)])

@@ -14,12 +14,18 @@ from ksmd_ctl.history.model import Query
 from ksmd_ctl.history.reading import read_copy
 
 
-def kill_again_and_again(path: Path, times: int, seed: int, most_bytes: int = 1 << 20) -> None:
-    """After each kill the file can be read, it has all that was said to be on disk, and nothing twice."""
+def kill_again_and_again(
+    path: Path, times: int, seed: int, most_bytes: int = 1 << 20, *, as_service: bool = False
+) -> None:
+    """After each kill the file can be read, it has all that was said to be on disk, and nothing twice.
+
+    :param as_service: a thread of the service's own writes
+    """
     chance = random.Random(seed)
     first = 1
     for _ in range(times):
         command = [sys.executable, "-m", "tests.history.writing", str(path), str(most_bytes), str(first)]
+        command += ["as-service"] if as_service else []
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout is not None
             # From its beginning, or when it has begun to write.

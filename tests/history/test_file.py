@@ -391,8 +391,9 @@ def test_no_space_at_the_beginning(path: Path) -> None:
         file.write([entry(1)], [])
 
 
-def test_after_a_kill_it_is_as_it_was_after_a_write(path: Path) -> None:
-    kill_again_and_again(path, 50, seed=16)
+@pytest.mark.parametrize("as_service", [False, True], ids=["the file", "the service's thread"])
+def test_after_a_kill_it_is_as_it_was_after_a_write(path: Path, as_service: bool) -> None:
+    kill_again_and_again(path, 30, seed=16, as_service=as_service)
 
 
 def test_a_copy_taken_at_any_moment_can_be_read(path: Path, tmp_path: Path) -> None:

@@ -170,7 +170,9 @@ def test_in_namespaces_of_its_own(program: Path) -> None:
     made = subprocess.run(["unshare", "--user", "--pid", "--fork", "true"], check=False, capture_output=True)
     if made.returncode:
         pytest.skip("needs user and pid namespaces")
-    with started(program, "spin", before=("unshare", "--user", "--map-root-user", "--pid", "--fork")) as target:
+    with started(
+        program, "spin", before=("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+    ) as target:
         assert in_child(switched(target.process, 20)) == 0
         assert in_child(lambda: expect(target.process, GETPID, 1)) == 0
         assert target.end().startswith("0 errors")

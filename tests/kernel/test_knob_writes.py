@@ -92,6 +92,34 @@ def test_whoever_only_reads_is_no_writer_and_few_are_remembered(tmp_path: Path) 
         assert len(reader._names) == 64
 
 
+def test_a_process_is_looked_at_once_though_it_opens_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    clock = [100.0]
+    monkeypatch.setattr(knob_writes, "_who", lambda pid: looks.append(pid) or f"it (pid {pid})")  # type: ignore[func-returns-value]
+    monkeypatch.setattr(knob_writes.time, "monotonic", lambda: clock[0])
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    reader = WriteReader(reading)
+
+    def event(mask: int, pid: int) -> bytes:
+        file = os.open(tmp_path / "run", os.O_RDWR | os.O_CREAT)
+        return struct.pack("=IBBHQii", 24, 3, 0, 24, mask, file, pid)
+
+    os.write(writing, b"".join(event(0x20, 7) for _ in range(10)) + event(0x22, 7))
+    assert [write.who for write in reader.read()] == ["it (pid 7)"]
+    assert looks == [7]
+    # It writes later.
+    clock[0] += 10
+    os.write(writing, event(0x2, 7))
+    assert len(list(reader.read())) == 1
+    assert looks == [7]
+    # Another may have its pid by now.
+    os.write(writing, event(0x20, 7))
+    assert list(reader.read()) == []
+    assert looks == [7, 7]
+    os.close(reading)
+    os.close(writing)
+
+
 def test_who_has_logged_in_or_else_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"comm": "two\nlines\n", "loginuid": "1000\n", "cgroup": "0::/system.slice/cron.service\n"}
 

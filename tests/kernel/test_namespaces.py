@@ -77,6 +77,7 @@ def host(root: Path, *, kind: str = "unified") -> Path:
         (cgroups / "cgroup.controllers").write_text("memory\n")
     else:
         (cgroups / "memory").mkdir()
+        (cgroups / "memory/release_agent").write_text("\n")
     return root
 
 
@@ -118,9 +119,13 @@ def test_each_thing_that_is_hidden_is_said_with_what_to_mount(tmp_path: Path) ->
     assert "sys/fs/cgroup" in cgroups.hint
 
 
-def test_a_container_that_sees_its_own_cgroup_only_is_told_so(tmp_path: Path) -> None:
-    host(tmp_path)
-    (tmp_path / "sys/fs/cgroup/cgroup.type").write_text("domain\n")
+@pytest.mark.parametrize("kind", ["unified", "version 1"])
+def test_a_container_that_sees_its_own_cgroup_only_is_told_so(kind: str, tmp_path: Path) -> None:
+    cgroups = host(tmp_path, kind=kind) / "sys/fs/cgroup"
+    if kind == "unified":
+        (cgroups / "cgroup.type").write_text("domain\n")
+    else:
+        (cgroups / "memory/release_agent").unlink()
     (error,) = hidden_from_container(tmp_path).values()
     assert error.what == "reading the memory limits of tenants"
 

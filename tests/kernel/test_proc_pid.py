@@ -5,11 +5,12 @@ import errno
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.errors import NoSuchProcess
-from ksmd_ctl.kernel.proc_pid import LONGEST_NAME, printable, process_file_error
+from ksmd_ctl.errors import Denied, NoSuchProcess, Unreadable
+from ksmd_ctl.kernel.proc_pid import LONGEST_NAME, LeftOut, printable, process_file_error
 
 
 def test_what_a_terminal_would_act_on_is_escaped() -> None:
@@ -44,3 +45,19 @@ def test_a_kernel_thread_is_not_said_to_be_gone(tmp_path: Path) -> None:
     assert "ksmd-ctl processes" in there.hint
     assert isinstance(not_there, NoSuchProcess)
     assert "it is gone" in str(not_there)
+
+
+def test_of_what_was_left_out_the_last_refusal_is_told_where_nothing_is_left() -> None:
+    left_out = LeftOut()
+    for pid, error in (
+        (1, Denied("process 1", "init is special")),
+        (2, Denied("process 2", "it is another user's")),
+        (3, Unreadable("process 3", "it keeps its readers waiting")),
+        (4, NoSuchProcess("process 4", "it is gone")),
+    ):
+        with left_out.looking_at(pid):
+            raise error
+    assert list(left_out.errors) == [1, 2, 3]
+    left_out.need([5])
+    with pytest.raises(Denied, match="another user's"):
+        left_out.need([])

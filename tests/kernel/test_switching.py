@@ -181,6 +181,8 @@ class Kernel:
         return Injected(tuple(self.made(call) for call in calls[:2]), 0.001 * len(self.calls))
 
     def made(self, call: Call) -> int:
+        if call == (_MADVISE, 0, 0, MADV_UNMERGEABLE):
+            return 0
         self.calls.append(call)
         if call[0] == _PRCTL:
             if self.prctl == 0:

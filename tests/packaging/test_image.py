@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.building import ROOT, need
+from tests.packaging.building import ROOT, build, need
 from tests.packaging.pods import Pod, Podman, wait_for
 
 BUILD = ROOT / "packaging/image/build"
@@ -95,7 +95,7 @@ def loaded(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 @pytest.fixture
 def pod(loaded: Podman, ksm_host: Path, tmp_path: Path) -> Iterator[Pod]:
     pod = Pod(loaded, tmp_path)
-    (tmp_path / "conf.d/test.toml").write_text(CONFIGURATION)
+    pod.configure(CONFIGURATION)
     try:
         yield pod
     finally:
@@ -134,7 +134,9 @@ def test_it_is_small_of_one_layer_and_has_no_compiler(image: Image) -> None:
 
 @pytest.mark.image
 def test_the_same_sources_and_packages_give_the_same_digest(image: Image, package: Path, tmp_path: Path) -> None:
-    again = build_image(tmp_path, package)
+    second = build(tmp_path / "deb")
+    assert second.read_bytes() == package.read_bytes()
+    again = build_image(tmp_path / "image", second)
     assert again.digest == image.digest
     lists = [next(one.archive.parent.glob("*.packages")).read_text() for one in (image, again)]
     assert lists[0] == lists[1]
@@ -145,7 +147,15 @@ def start_tenants(pod: Pod) -> None:
     (pod.folder / "tenant.py").write_text(TENANT)
     for name in ("gold", "silver"):
         options = f"--user 1000:1000 --cgroup-parent /tenants/{name} -v {pod.folder}/tenant.py:/tenant.py:ro"
-        pod.podman.run(name, options, "python3 /tenant.py")
+        pod.start_tenant(name, options, "python3 /tenant.py")
+
+
+def doctor(pod: Pod, container: str) -> dict[str, str]:
+    """What the doctor finds in a container, and how bad that is."""
+    words = "ksmd-ctl doctor --json --no-contents --interval 0.5"
+    said = pod.command(words, check=False, container=container)
+    found, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
+    return {one["code"]: one["severity"] for one in found["findings"]}
 
 
 @pytest.mark.image
@@ -159,35 +169,50 @@ def test_two_containers_are_merged_seen_and_the_knobs_put_back(pod: Pod) -> None
     pod.start_broker()
     wait_for("all is merged", lambda: number("pages_sharing") >= 2 * PAGES - PAGES // 2)
     assert (number("run"), number("pages_to_scan")) == (1, 2000)
-    assert "held       run 1, pages_to_scan 2000" in pod.command("ksmd-ctl", "status")
-    shared = json.loads(pod.command("ksmd-ctl", "sharing", "--by", "domain", "--json"))
+    assert "held       run 1, pages_to_scan 2000" in pod.status()
+    for container in ("service", "broker"):
+        found = doctor(pod, container)
+        assert found["no-systemd"] == "note"
+        assert not {"processes-hidden", "knobs-read-only", "limits-hidden"} & set(found)
+    shared = json.loads(pod.command("ksmd-ctl sharing --by domain --json"))
     assert {"gold", "silver"} <= {group["group"] for group in shared["groups"]}
     url = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:19753/metrics').read().decode())"
-    metrics = pod.command("python3", "-c", url)
+    metrics = pod.command(f'python3 -c "{url}"')
     assert re.search(rf"^ksm_pages_sharing {number('pages_sharing')}(\.0)?$", metrics, re.MULTILINE)
 
     # Killed, the broker comes back and finds its socket taken by nobody.
     kill(pod, "broker")
-    pod.podman("start", "broker")
-    assert "gold" in pod.command("ksmd-ctl", "sharing", "--by", "domain")
+    pod.podman("start broker")
+    assert "gold" in pod.command("ksmd-ctl sharing --by domain")
     # Killed, the service leaves the knobs; the next one knows what they were before the first.
     kill(pod, "service")
     assert number("pages_to_scan") == 2000
-    pod.podman("start", "service")
-    wait_for("it serves", lambda: "held" in pod.command("ksmd-ctl", "status", check=False))
+    pod.podman("start service")
+    wait_for("it serves", lambda: "held" in pod.command("ksmd-ctl status", check=False))
 
     # Both are told to end at once, and it doesn't matter which is first.
-    for name in ("broker", "service"):
-        pod.podman("kill", "-s", "TERM", name)
-    wait_for("both have ended", lambda: pod.podman("ps", "-q", "-f", "name=broker", "-f", "name=service").strip() == "")
+    pod.stop()
+    wait_for("both have ended", lambda: not pod.running("broker") and not pod.running("service"))
     assert (number("run"), number("pages_to_scan")) == before
     assert "restored what was found before the start" in pod.said("service")
 
 
+@pytest.mark.image
+@pytest.mark.ksm
+def test_a_container_puts_back_what_a_killed_service_left(pod: Pod) -> None:
+    before = number("run"), number("pages_to_scan")
+    pod.start_broker()
+    pod.start_service()
+    wait_for("it holds them", lambda: number("pages_to_scan") == 2000)
+    kill(pod, "service")
+    assert number("pages_to_scan") == 2000
+    assert "restored what was found at first in this boot" in pod.restore()
+    assert (number("run"), number("pages_to_scan")) == before
+
+
 def kill(pod: Pod, name: str) -> None:
-    pid = int(pod.podman("inspect", "-f", "{{.State.Pid}}", name))
-    os.kill(pid, signal.SIGKILL)
-    wait_for(f"{name} has ended", lambda: pod.podman("inspect", "-f", "{{.State.Running}}", name).strip() == "false")
+    os.kill(int(pod.podman(f"inspect -f '{{{{.State.Pid}}}}' {name}")), signal.SIGKILL)
+    wait_for(f"{name} has ended", lambda: not pod.running(name))
 
 
 @pytest.mark.image
@@ -196,10 +221,19 @@ def test_knobs_on_a_read_only_sysfs_are_said_with_what_to_mount(pod: Pod) -> Non
     pod.knobs = "ro"
     pod.start_broker()
     pod.start_service()
-    wait_for("it has ended", lambda: pod.podman("inspect", "-f", "{{.State.Running}}", "service").strip() == "false")
+    wait_for("it has ended", lambda: not pod.running("service"))
     assert "/sys/kernel/mm/ksm is mounted read-only" in pod.said("broker")
     said = pod.said("service")
     assert "EROFS" in said
     assert "hint: " in said
     assert "/sys/kernel/mm/ksm mounted writable at the same path" in said
     assert number("run") == 0
+    assert doctor(pod, "broker")["knobs-read-only"] == "blocks merging"
+
+
+@pytest.mark.image
+@pytest.mark.ksm
+def test_a_container_with_nothing_of_the_host_is_told_what_it_lacks(pod: Pod) -> None:
+    pod.start_tenant("bare", "", "python3 -c 'import time; time.sleep(600)'")
+    found = doctor(pod, "bare")
+    assert {"processes-hidden", "knobs-read-only", "limits-hidden", "no-systemd"} <= set(found)

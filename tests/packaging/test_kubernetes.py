@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,8 @@ from tests.packaging.manifests import (
     kustomized,
     violations,
 )
+from tests.packaging.test_fleet_rules import LEVELS, ZONE
+from tests.packaging.test_monitoring import check
 
 #: The three newest.
 RELEASES = ("1.35", "1.36", "1.37")
@@ -210,3 +213,62 @@ def test_the_rules_are_those_of_prometheus() -> None:
     )
     made = documents(rules.TARGET.read_text())[0]["spec"]
     assert made == documents(rules.SOURCE.read_text())[0]
+
+
+def overlay_of_the_documentation(folder: Path) -> Path:
+    """The overlay of docs/kubernetes.md, with the folder beside it."""
+    text = re.sub(r"^   ", "", (ROOT / "docs/kubernetes.md").read_text(), flags=re.MULTILINE)
+    (overlay,) = re.findall(r"^```yaml\n(# kustomization\.yaml\n.*?)^```", text, re.MULTILINE | re.DOTALL)
+    shutil.copytree(FOLDER, folder / "kubernetes")
+    (folder / "overlay").mkdir()
+    beside = overlay.replace("/path/to/packaging/kubernetes", "../kubernetes")
+    (folder / "overlay/kustomization.yaml").write_text(beside)
+    return folder / "overlay"
+
+
+def relabelled(spec: Document, nodes: list[dict[str, str]], folder: Path) -> list[dict[str, str]]:
+    """The labels that Prometheus gives the targets of a ServiceMonitor on some nodes, by their labels."""
+    targets = [
+        {
+            "targets": [f"192.0.2.{number}:19753"],
+            "labels": {f"__meta_kubernetes_node_label_{re.sub('[^a-zA-Z0-9]', '_', key)}": node[key] for key in node}
+            | {"__meta_kubernetes_pod_node_name": f"worker-{number}"},
+        }
+        for number, node in enumerate(nodes, start=1)
+    ]
+    rules = [
+        {re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", key): value for key, value in rule.items()}
+        for rule in spec["endpoints"][0]["relabelings"]
+    ]
+    job = {"job_name": "ksmd-ctl", "static_configs": targets, "relabel_configs": rules}
+    (folder / "prometheus.json").write_text(json.dumps({"scrape_configs": [job]}))
+    said = check("check", "service-discovery", folder / "prometheus.json", "ksmd-ctl")
+    # Each twice: as an entry of its own, and a line before all.
+    found = [one["labels"] for one in json.loads(said[said.index("[") :])]
+    return sorted(({k: v for k, v in one.items() if k[:2] != "__"} for one in found), key=lambda one: one["node"])
+
+
+def test_the_labels_of_targets_are_those_that_the_rules_sum_by(tmp_path: Path) -> None:
+    try:
+        kubectl()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(error.stderr)
+    made = documents(kustomized(overlay_of_the_documentation(tmp_path)))
+    assert {one["image"] for one in containers(pod_of(made))} == {f"registry.example/ksmd-ctl:{ksmd_ctl.__version__}"}
+    spec = only(made, "ServiceMonitor")["spec"]
+    jsonschema.validate(spec, crd("ServiceMonitor"))
+    assert spec["attachMetadata"] == {"node": True}
+    zone = {"topology.kubernetes.io/zone": "z1"}
+    pools = [
+        {"cloud.google.com/gke-nodepool": "general"},
+        {"eks.amazonaws.com/nodegroup": "general"},
+        {"kubernetes.azure.com/agentpool": "general"},
+        {"karpenter.sh/nodepool": "general", "eks.amazonaws.com/nodegroup": "older"},
+    ]
+    found = relabelled(spec, [*(zone | pool for pool in pools), {}], tmp_path)
+    always = [
+        {"job": "ksmd-ctl", "cluster": "east", "node": f"worker-{n}", "instance": f"worker-{n}"} for n in range(1, 6)
+    ]
+    assert found[:4] == [one | {ZONE: "z1", "node_pool": "general"} for one in always[:4]]
+    assert found[4] == always[4]
+    assert {label for level in LEVELS.values() for label in level} == {"cluster", ZONE, "node_pool"}

@@ -66,7 +66,7 @@ def exported() -> frozenset[str]:
 
 def asked(expression: str) -> set[str]:
     """The metrics that an expression asks for."""
-    return set(re.findall(r"\b(?:\w+:)?ksmd?_\w+(?::\w+)?", re.sub(r'"[^"]*"', '""', expression)))
+    return set(re.findall(r"\b(?:\w+:)?(?:ksmd?|process)_\w+(?::\w+)?", re.sub(r'"[^"]*"', '""', expression)))
 
 
 def rules() -> list[tuple[str, str]]:

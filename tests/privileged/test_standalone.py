@@ -130,6 +130,17 @@ def test_directories_that_the_service_can_write_already_stay_as_they_are(tmp_pat
     assert (owner(state), owner(runtime)) == before
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give directories away")
+def test_a_volume_that_the_service_had_first_becomes_roots_and_stays_writable_for_it(tmp_path: Path) -> None:
+    state, runtime = tmp_path / "state", tmp_path / "run"
+    for folder in (state, runtime):
+        folder.mkdir()
+        os.chown(folder, SERVICE_UID, SERVICE_UID)
+    standalone.prepare(state, runtime, SERVICE_UID, tmp_path)
+    assert owner(state) == (SERVICE_UID, SERVICE_UID, 0o755)
+    assert owner(runtime) == (0, SERVICE_UID, 0o775)
+
+
 def test_a_directory_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "state").symlink_to("/etc")
     before = owner(Path("/etc"))

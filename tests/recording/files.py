@@ -13,5 +13,12 @@ def read_all(path: Path) -> None:
         list(recording.samples())
         list(recording.changes())
         list(recording.counts())
-        for part in (recording.nodes, recording.processes, recording.looks, recording.process_looks, recording.events):
+        for part in (
+            recording.nodes,
+            recording.domains,
+            recording.processes,
+            recording.looks,
+            recording.process_looks,
+            recording.events,
+        ):
             part()

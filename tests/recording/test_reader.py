@@ -74,6 +74,17 @@ def test_a_later_format_is_refused_and_a_later_table_or_column_is_not(made: Path
         Recording(made)
 
 
+def test_a_recording_that_was_made_before_there_were_domains(made: Path) -> None:
+    with sqlite3.connect(made) as database:
+        database.execute("DROP TABLE domain")
+        database.execute("ALTER TABLE process DROP COLUMN domain")
+        database.execute("DELETE FROM fact WHERE name = 'domains'")
+    with Recording(made) as recording:
+        assert recording.facts.domains is None
+        assert recording.domains() == {}
+        assert [process.domain for process in recording.processes()] == [None, None]
+
+
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
 def test_a_recording_that_is_cut_off(made: Path, part: float) -> None:
     data = made.read_bytes()
@@ -117,6 +128,10 @@ def test_a_damaged_recording_is_an_error_or_is_read(made: Path) -> None:
         ("UPDATE fact SET value = '{\"version\": \"\\u001b[31m\"}' WHERE name = 'service'", "cannot be shown"),
         ("UPDATE fact SET value = '1e400' WHERE name = 'begun'", "out of its range"),
         ("INSERT INTO node VALUES (100000, '', 0, '{}')", "there is no node 100000"),
+        ("INSERT INTO domain VALUES ('gold', '0-x')", "are no nodes"),
+        ("INSERT INTO domain VALUES ('gold', '1-2000')", "no node"),
+        ("INSERT INTO domain VALUES (char(27) || '[2J', '0')", "cannot be shown"),
+        ("UPDATE fact SET value = '7' WHERE name = 'domains'", "no fact domains"),
     ],
 )  # fmt: skip
 def test_a_recording_that_somebody_has_changed(made: Path, statement: str, why: str) -> None:

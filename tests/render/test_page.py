@@ -8,14 +8,15 @@ import json
 import math
 import re
 import urllib.request
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 from ksmd_ctl.history.model import Entry, Kind, Means, Severity
-from ksmd_ctl.render.page import COLOURS, page
+from ksmd_ctl.render.charts import COLOURS
+from ksmd_ctl.render.page import page
 from ksmd_ctl.render.page_history import SPAN_SECONDS, STEP_SECONDS, PageHistory, Point, Span
 from ksmd_ctl.render.summary import summary_text
+from tests.render.elements import Elements
 from tests.service.running import healthy_service, until
 
 REPORT: dict[str, Any] = json.loads((Path(__file__).parents[1] / "contracts/report.json").read_text())
@@ -35,34 +36,6 @@ def an_hour() -> PageHistory:
     history.mark(1800, "merge_across_nodes = 0: done")
     history.mark(2400, "pages_to_scan was changed by <somebody>", bad=True)
     return history
-
-
-class Elements(HTMLParser):
-    """Every tag with its attributes, and the text."""
-
-    def __init__(self, body: bytes) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(body.decode())
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def classed(self, name: str) -> list[dict[str, str | None]]:
-        return [attributes for _, attributes in self.tags if name in (attributes.get("class") or "").split()]
 
 
 # -- the history -------------------------------------------------------------------------------------------
@@ -236,7 +209,7 @@ def test_what_was_never_known_says_so() -> None:
     history = PageHistory()
     history.add(0, Point())
     elements = Elements(page(report(None), history, 10.0))
-    assert elements.text.count("not known on this host yet") == 3
+    assert elements.text.count("not known on this host") == 3
     assert elements.classed("line") == []
 
 
@@ -253,7 +226,7 @@ def test_more_nodes_than_colours_are_told_apart() -> None:
     history = PageHistory()
     for at in (0, 10):
         history.add(at, Point(nodes={str(node): node for node in range(COLOURS + 2)}))
-    assert len(Elements(page(report(), history, 10.0)).classed("again")) == 2 * 2
+    assert len(Elements(page(report(), history, 10.0)).classed("dashed")) == 2 * 2
 
 
 def test_a_simulated_host_says_so() -> None:

@@ -22,7 +22,9 @@ from ksmd_ctl.replay.player import Choices, Player, Point
 class Stage:
     """A simulated host that is being recorded."""
 
-    def __init__(self, path: Path, *, one_in: int = 1, nodes: int = 2, key: bytes | None = None) -> None:
+    def __init__(
+        self, path: Path, *, one_in: int = 1, nodes: int = 2, key: bytes | None = None, domains: str | None = None
+    ) -> None:
         self.path = path
         self.host = EngineHost(Machine(nodes, node_pages=1 << 18))
         selection = Selection(one_in, key)
@@ -31,7 +33,7 @@ class Stage:
         release = self.host.identity.release
         self.writer.facts({"program": "0", "kind": "engine", "release": release, "profile": release, "begun": 0.0})
         self.writer.facts({"page_size_bytes": PAGE_SIZE, "one_in": one_in, "keyed": key is not None, "numa": True})
-        self.writer.facts({"anonymous": False, "service": None})
+        self.writer.facts({"anonymous": False, "domains": domains, "service": None})
         self.writer.topology(self.host.topology())
 
     @cached_property

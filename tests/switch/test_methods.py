@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.ranges import mappings
-from ksmd_ctl.switch import methods
+from ksmd_ctl.switch import methods, qmp
 from ksmd_ctl.switch.methods import switch_merging
 from ksmd_ctl.switch.monitor import Marked
 from tests.conftest import ksm_lock
@@ -35,12 +36,14 @@ class Injection:
     def __init__(self, outcome: KsmdError | None = None) -> None:
         self.asked: list[Switch] = []
         self.outcome = outcome
+        self.after: bool | None = False
 
     def inject(self, request: Switch, **_: Any) -> SwitchResult:
         self.asked.append(request)
         if self.outcome is not None:
             raise self.outcome
-        return switched(request.process, on=request.on)
+        found = switched(request.process, on=request.on)
+        return found if request.on else replace(found, after=self.after)
 
 
 def switch(
@@ -52,16 +55,31 @@ def switch(
         return switch_merging(request, method, **more)
 
 
-def test_the_monitor_comes_first_and_the_rest_is_injected(tmp_path: Path) -> None:
+def test_on_by_the_monitor(tmp_path: Path) -> None:
     with qemu(tmp_path) as process:
         injection = Injection()
         came = switch(process, injection, on=True)
         assert (came.method, injection.asked) == (Method.QMP, [])
+
+
+def test_off_by_injected_calls_and_then_the_monitor_notes_it(tmp_path: Path) -> None:
+    """QEMU takes out a backend in one call, for which a large machine waits long; firmware has no backend."""
+    with qemu(tmp_path) as process:
+        injection = Injection()
         came = switch(process, injection)
-        # Firmware has no backend.
         assert injection.asked == [Switch(process, False)]
-        assert came.how == "qom-set merge=false of ram0, ram1 (QEMU 7.2.22); prctl(PR_SET_MEMORY_MERGE)"
-        assert (came.before, came.after) == (True, False)
+        assert came.how == "prctl(PR_SET_MEMORY_MERGE); qom-set merge=false of ram0, ram1 (QEMU 7.2.22)"
+        assert (came.method, came.before, came.after) == (Method.INJECT, True, False)
+
+
+def test_where_some_stays_the_monitor_does_not_take_it_out(tmp_path: Path) -> None:
+    """It would not ask whether there is room."""
+    with qemu(tmp_path) as process:
+        before = Marked.of(process)
+        injection = Injection()
+        injection.after = None
+        assert switch(process, injection).how == "prctl(PR_SET_MEMORY_MERGE)"
+        assert Marked.of(process) == before
 
 
 def test_what_can_not_be_injected_is_left(tmp_path: Path) -> None:
@@ -114,7 +132,9 @@ def test_a_process_without_a_monitor() -> None:
 def test_a_dry_run(tmp_path: Path, on: bool) -> None:
     with qemu(tmp_path) as process:
         before, injection = Marked.of(process), Injection()
-        assert switch(process, injection, on=on, dry_run=True).method is Method.QMP
+        came = switch(process, injection, on=on, dry_run=True)
+        assert came.method is (Method.QMP if on else Method.INJECT)
+        assert f"qom-set merge={'true' if on else 'false'} of the machine's memory, by" in came.how
         came = switch(process, injection, on=on, dry_run=True, method=Method.INJECT)
         assert (came.method, came.after, came.stopped_seconds) == (Method.INJECT, came.before, 0.0)
         item = max(mappings(process.pid), key=lambda item: item.anonymous_pages)
@@ -124,3 +144,18 @@ def test_a_dry_run(tmp_path: Path, on: bool) -> None:
         with pytest.raises(Refused, match="nothing there can be merged"):
             switch(process, injection, on=on, dry_run=True, ranges=((0, 4096),))
         assert (Marked.of(process), injection.asked) == (before, [])
+
+
+@pytest.mark.parametrize("behaviour", ["silent", "shared", "nonsense"])
+def test_without_a_monitor_nothing_is_un_merged_for_it(
+    tmp_path: Path, behaviour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp.Qmp.__init__, "__defaults__", (0.5,))
+    unmerged: list[Switch] = []
+    monkeypatch.setattr(methods, "unmerge", lambda request, **_: unmerged.append(request) or 0)
+    with qemu(tmp_path, behaviour) as process:
+        with pytest.raises(KsmdError):
+            switch(process, Injection(), method=Method.QMP)
+        # Injected, it is un-merged there.
+        assert switch(process, Injection()).method is Method.INJECT
+    assert unmerged == []
