@@ -250,13 +250,30 @@ def _frames(pids: Sequence[int]) -> int:
 def _merge(ksm: Ksm) -> tuple[float, float]:
     """Full scans of every page until these add nothing.
 
+    With use_zero_pages = 0 a scan splits a single one of the huge pages with zeroes in which nothing else merges, and
+    with 1 all (tests/kernel/test_zero_pages.py). So the last scans are with 1: what is merged already stays so.
+
     :return: ksmd's CPU seconds until all was merged, and for each full scan later
     """
     for name, value in (("smart_scan", 0), ("pages_to_scan", 100_000), ("sleep_millisecs", 1)):
         ksm.write(name, value)
-    until, began, best, since = time.monotonic() + _MERGE_SECONDS, ksm.cpu_seconds(), -1, ksm.read("full_scans")
-    ends: list[tuple[int, int, float]] = []
+    began, zero = ksm.cpu_seconds(), ksm.read("use_zero_pages")
     ksm.write("run", 1)
+    ends = _scan(ksm)
+    if not zero:
+        ksm.write("use_zero_pages", 1)
+        _scan(ksm)
+    ksm.write("run", 0)
+    ksm.write("use_zero_pages", zero)
+    merged, _, used = next(end for end in ends if end[1] >= _NEARLY_ALL * max(saved for _, saved, _ in ends))
+    scans, _, all_used = ends[-1]
+    return used - began, (all_used - used) / max(1, scans - merged)
+
+
+def _scan(ksm: Ksm) -> list[tuple[int, int, float]]:
+    """Scan until scans add nothing: after each how many there were, what is saved, and ksmd's CPU seconds."""
+    until, best, since = time.monotonic() + _MERGE_SECONDS, -1, ksm.read("full_scans")
+    ends: list[tuple[int, int, float]] = []
     while time.monotonic() < until:
         time.sleep(_POLL_SECONDS)
         scans = ksm.read("full_scans")
@@ -267,10 +284,7 @@ def _merge(ksm: Ksm) -> tuple[float, float]:
             best, since = saved, scans
         elif scans > since + _SCANS_WITHOUT_MORE:
             break
-    ksm.write("run", 0)
-    merged, _, used = next(end for end in ends if end[1] >= _NEARLY_ALL * max(saved for _, saved, _ in ends))
-    scans, _, all_used = ends[-1]
-    return used - began, (all_used - used) / max(1, scans - merged)
+    return ends
 
 
 # -- telling -------------------------------------------------------------------------------------------------------

@@ -171,6 +171,7 @@ class _Telling:
                 replaced = sum(count * len(kind.owners) for kind, count in self.zeroes if not kind.split_frees)
                 places = sum(count * kind.places for kind, count in self.zeroes if not kind.split_frees)
                 gone = round(replaced * self.stable.zeroes.found) if use_zero else 0
+                freed = self._bounds(parts, sure, self._split_zeroes() + (places if use_zero else zero.freed))
                 shared = round((parts.shared / self.share + sure.shared) * scale)
                 sharing = round((parts.sharing / self.share + sure.sharing) * scale)
                 if not use_zero:
@@ -181,11 +182,12 @@ class _Telling:
                         merge_across_nodes=across,
                         use_zero_pages=use_zero,
                         pages_shared=shared,
-                        pages_sharing=max(0, sharing),
+                        pages_sharing=min(mapped, max(0, sharing)),
                         zero_pages=gone,
                         split_zero_pages=split,
                         items=max(0, mapped - gone - split),
-                        freed=self._bounds(parts, sure, self._split_zeroes() + (places if use_zero else zero.freed)),
+                        # Of those that ended nothing is mapped any more.
+                        freed=Bounds(*(min(mapped, value) for value in freed)),
                     )
                 )
         return tuple(found)
@@ -226,6 +228,8 @@ class _Telling:
         told = sum(parts[owner] * share for owner, share in known.items())
         others = min(1.0, max(0.0, total - told) / rest) if rest else 0.0
         left = [part * known.get(owner, others) for owner, part in enumerate(parts)]
+        if not sum(left) and len(known) == len(parts):
+            return left
         if not sum(left):
             return [part * self.stable.pages.found for part in parts]
         return [one * total / sum(left) for one in left]

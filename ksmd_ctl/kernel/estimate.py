@@ -278,6 +278,8 @@ class Look:
             # Pages of those that ended have changed: they are not freed, and ksmd keeps no record of them.
             there = [target.process.id.pid not in self.gone for target in self.targets]
             mapped = Counter({key: count for key, count in mapped.items() if there[key[0]]})
+            gone = {owner: 0.0 for owner, is_there in enumerate(there) if not is_there}
+            stable = replace(stable, owners={**stable.owners, **gone})
         found = estimate(
             contents,
             mapped,

@@ -16,10 +16,11 @@ from ksmd_ctl.host.sampling import Bounds
 from ksmd_ctl.policies.counters import counter_delta
 from ksmd_ctl.reports.numa import FORMAT, OTHER, host_document
 
-# What a page takes ksmd, where it doesn't run and can't be measured: the first time (its checksum alone), later where
-# it is merged, and later where it is not, with a thousand pages and more for each fourfold (measured on Linux 6.18 in
-# November 2026: docs/estimate.md).
+# What a page takes ksmd, where it doesn't run and can't be measured: the first time (its checksum alone), when it is
+# merged, later where it is merged, and later where it is not, with a thousand pages and more for each fourfold
+# (measured on Linux 6.18 in November 2026: docs/estimate.md).
 _CHECKSUM_SECONDS: Final = 1.8e-6
+_MERGING_SECONDS: Final = 3.5e-6
 _MERGED_SECONDS: Final = 0.33e-6
 _UNMERGED_SECONDS: Final = 2.8e-6
 _FOURFOLD_SECONDS: Final = 1.1e-6
@@ -136,9 +137,13 @@ def ksmd_cost(outcome: Outcome, samples: Sequence[Sample]) -> KsmdCost:
     unmerged = _UNMERGED_SECONDS + _FOURFOLD_SECONDS * fourfolds
     each = (merged * _MERGED_SECONDS + (pages - merged) * unmerged) / pages
     measured = _measured(samples)
+    scan = outcome.items * (measured or each)
+    # Pages of zeroes that come free have no record later, and are read before.
+    first = (outcome.items + outcome.zero_pages + outcome.split_zero_pages) * _CHECKSUM_SECONDS
+    first += (merged + outcome.zero_pages) * _MERGING_SECONDS + (pages - merged) * unmerged
     return KsmdCost(
-        first_cpu_seconds=outcome.items * (_CHECKSUM_SECONDS + unmerged),
-        scan_cpu_seconds=outcome.items * (measured or each),
+        first_cpu_seconds=max(first, scan),
+        scan_cpu_seconds=scan,
         page_cpu_seconds=measured or each,
         measured=measured is not None,
     )

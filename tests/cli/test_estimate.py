@@ -149,11 +149,24 @@ def test_ksmds_cost_is_measured_where_it_runs() -> None:
     # A page that is not merged costs more than one that is.
     assert 0.3e-6 < calculated.page_cpu_seconds < 5e-6
     assert calculated.first_cpu_seconds > calculated.scan_cpu_seconds
+    # To merge a page takes half of what one takes that stays: here of 100,000 nothing is merged, or everything.
+    apart, merged = (
+        ksmd_cost(replace(outcome, items=100_000, pages_shared=shared, pages_sharing=sharing, split_zero_pages=0), ())
+        for shared, sharing in ((0, 0), (50_000, 50_000))
+    )
+    assert (apart.first_cpu_seconds, merged.first_cpu_seconds) == (pytest.approx(0.83, 0.02), pytest.approx(0.53))
+    assert (apart.scan_cpu_seconds, merged.scan_cpu_seconds) == (pytest.approx(0.65, 0.02), pytest.approx(0.033))
+    # Zeroes have to be read and merged before they are gone.
+    zeroes = ksmd_cost(replace(outcome, items=0, pages_shared=0, pages_sharing=0, zero_pages=1000), ())
+    assert zeroes.first_cpu_seconds > 5e-3
     samples = [Sample(at, {"pages_scanned": 1_000_000 * at, "ksmd_cpu_seconds": 4.0 * at}, {}) for at in (1.0, 2.0)]
     measured = ksmd_cost(outcome, samples)
     assert (measured.measured, measured.page_cpu_seconds) == (True, 4e-6)
     few = [Sample(at, {"pages_scanned": 100 * at, "ksmd_cpu_seconds": 4.0 * at}, {}) for at in (1.0, 2.0)]
     assert not ksmd_cost(outcome, few).measured
+    # The first pass takes no less than a later one.
+    slow = [Sample(at, {"pages_scanned": 1_000_000 * at, "ksmd_cpu_seconds": 40.0 * at}, {}) for at in (1.0, 2.0)]
+    assert ksmd_cost(outcome, slow).first_cpu_seconds == ksmd_cost(outcome, slow).scan_cpu_seconds
 
 
 @pytest.mark.parametrize(

@@ -451,7 +451,7 @@ def switching() -> Any:
     found["dry"] = as_user("writer", *off, "--dry-run", "--json")
     found["off"] = as_user("writer", *off, "--json")
     found["pid"] = main_pid("web.service")
-    found["after"] = [mergeable("web.service"), merged("web.service")]
+    found["after"] = mergeable("web.service")
     found["text"] = run("ksmd-ctl", "status")["out"]
     found["broker"] = run("systemctl", "is-active", BROKER)["out"].strip()
     return found

@@ -213,13 +213,15 @@ def test_merging_is_switched_by_the_broker_where_configuration_and_unit_allow_it
     flagged, pages = found["untouched"]
     assert flagged > 0
     assert pages > 450
-    assert float(re.findall(r"[0-9.]+", found["exposure"])[0]) <= 2.0
+    # docs/security.md: 0.1 more.
+    assert float(re.findall(r"service: ([0-9.]+)", found["exposure"])[0]) <= 2.1
     assert found["reader"]["status"] == 3
     assert json.loads(found["dry"]["out"])["processes"][0]["before"] is not False
     (one,) = json.loads(found["off"]["out"])["processes"]
     assert (found["off"]["status"], one["after"], one["left"], one["method"]) == (0, False, [], "inject")
     assert one["unmerged"] > 450
-    assert found["after"] == [0, 0]
+    # The kernel's count of its merged pages is as old as ksmd's last visit.
+    assert found["after"] == 0
     assert f"off: web.service (pid {found['pid']})" in found["text"]
     assert found["broker"] == "active"
 

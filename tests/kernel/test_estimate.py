@@ -216,6 +216,21 @@ def test_a_process_that_ends_between_two_looks(processes: tuple[RegionProcess, R
     assert [round(outcome(told).freed.found) for told in found.told] == [100, 0]
 
 
+def test_of_a_process_that_ended_nothing_is_a_saving(processes: tuple[RegionProcess, RegionProcess]) -> None:
+    """Also where others' pages stay, and too few of its own are looked at again to tell what changed."""
+    one, other = processes
+    mergeable(one, [filled(number) for number in range(1, 101)] * 2)
+    mergeable(other, [filled(number) for number in range(201, 211)] * 2)
+    found = Looking(only=[one.id.pid, other.id.pid])
+    for told in found.look.estimates():
+        found.told.append(told)
+        if told.stage is Stage.READ:
+            other.exit()
+    parts = [found.final.owners[found.owners[process.id.pid]].freed for process in processes]
+    assert parts[1] == 0
+    assert sum(parts) == pytest.approx(outcome(found.final).freed.found)
+
+
 def test_memory_that_nobody_marked(processes: tuple[RegionProcess, RegionProcess]) -> None:
     one, other = processes
     mergeable(one, [filled(number) for number in range(1, 101)])
