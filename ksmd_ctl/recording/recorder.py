@@ -78,8 +78,9 @@ class Recorder:
         self._began = host.clock()
         self._listen = listen
         self._begun = time.time()
-        # Who wrote knobs since the last sample.
+        # Who wrote knobs last, of which no sample has seen the change yet; and whether somebody has since the last one.
         self._writers: dict[Knob, str] = {}
+        self._written = False
         self._committed = self._began
         self._before: Sample | None = None
         self._steps: LookSteps | None = None
@@ -94,13 +95,15 @@ class Recorder:
 
     def sample(self) -> Sample:
         """Take a sample; knobs that have changed and processes that are gone are events."""
+        self._written = False
         sample = self._host.sample(fresh=True)
+        # Who wrote what it has seen may not have been told yet.
+        self._hear(0.0)
         seconds = sample.time_seconds - self._began
         self._writer.sample(seconds, sample)
         for knob, text in _changes(self._before, sample):
-            who = self._writers.get(knob, "")
+            who = self._writers.pop(knob, "")
             self._writer.event(seconds, "knob", f"{text} by {who}" if who else text)
-        self._writers.clear()
         ended = seconds if self._before is None else (self._before.time_seconds + sample.time_seconds) / 2 - self._began
         self._before = sample
         counts = self._sampler.counts(self._writer.processes)
@@ -129,12 +132,13 @@ class Recorder:
                 self._hear(min(due - now, time_seconds - now, _KNOBS_SECONDS))
             else:
                 self._step(min(_STEP_SECONDS, time_seconds - now))
-            if self._writers or self._knob_changed():
+            if self._written or self._knob_changed():
                 self.sample()
 
     def _hear(self, seconds: float) -> None:
         heard = self._listen(seconds)
         self._writers |= heard.writers
+        self._written |= bool(heard.writers)
         for event in heard.events:
             self._writer.event(event.time_seconds - self._begun, event.kind, event.text, service=True)
 

@@ -88,6 +88,7 @@ def recording_page(report: Mapping[str, object]) -> str:
         f"{plural(number(contents, 'looks') or 0, 'look')} at pages, {number(contents, 'cpu_seconds') or 0:.1f} s of "
         f"CPU; the last found {bytes_text(page * (number(contents, 'pages') or 0))} of mergeable memory; merging all "
         f"equal pages would free about {bytes_text(number(contents, 'could_save_bytes') or 0)}",
+        *([apart_text(report)] if parts(report, "domains") else ()),
     ]
     groups = [
         [

@@ -213,14 +213,16 @@ def test_merging_is_switched_by_the_broker_where_configuration_and_unit_allow_it
     flagged, pages = found["untouched"]
     assert flagged > 0
     assert pages > 450
-    assert float(re.findall(r"[0-9.]+", found["exposure"])[0]) <= 2.0
+    # docs/security.md: 0.1 more.
+    assert float(re.findall(r"service: ([0-9.]+)", found["exposure"])[0]) <= 2.1
     assert found["reader"]["status"] == 3
     assert json.loads(found["dry"]["out"])["processes"][0]["before"] is not False
     (one,) = json.loads(found["off"]["out"])["processes"]
     assert (found["off"]["status"], one["after"], one["left"], one["method"]) == (0, False, [], "inject")
     assert one["unmerged"] > 450
-    assert found["after"] == [0, 0]
-    assert f"off: web.service (pid {found['pid']})" in found["text"]
+    # The kernel's count of its merged pages is as old as ksmd's last visit.
+    assert found["after"] == 0
+    assert f"off: web.service (pid {found['pid']})" in " ".join(found["text"].split())
     assert found["broker"] == "active"
 
 
@@ -229,12 +231,12 @@ def test_what_was_switched_off_and_starts_again_is_reported_and_kept_off(facts: 
     assert found["restarted"]["mergeable"] > 0
     pid = found["restarted"]["pid"]
     assert found["again"][0]["again"] == {"pid": pid}
-    assert f"started again as pid {pid}, and is mergeable" in found["text"]
+    assert f"started again as pid {pid}, and is mergeable" in " ".join(found["text"].split())
     assert [(one["pid"], one["on"]) for one in found["kept"]] == [(pid, False)]
-    assert "which was switched off" in found["journal"]
     assert "the service, [switch] keep" in found["journal"]
-    events = [event["event"] for event in json.loads(found["history"]["out"])["events"]]
-    assert {"switched", "switch_failed", "started_again"} <= set(events)
+    told = [(event["event"], event["who"]) for event in json.loads(found["history"]["out"])["events"]]
+    assert ("switched", "the service, [switch] keep") in told
+    assert {"switched", "switch_failed", "started_again"} <= {event for event, _ in told}
 
 
 def test_a_drop_in_switches_merging_at_the_next_start(facts: Facts) -> None:

@@ -56,6 +56,11 @@ def test_yama_refuses_even_root(ksm: Ksm, tmp_path: Path) -> None:
         un_merged, left = done.stdout.splitlines()[:2]
         assert un_merged.startswith("un-merged  0 pages"), done
         assert left.startswith(f"left       {PAGES} pages: no access to its memory, by Yama or"), done
+        for words in (["off"], ["off", "--dry-run"]):
+            done = command("merge", *words, "--pid", str(one.pid))
+            assert (done.returncode, done.stdout) == (3, ""), done
+            assert "kernel.yama.ptrace_scope is 3" in done.stderr
+            assert len(done.stderr.splitlines()) == 2
         assert ksm["pages_sharing"] == PAGES
         # run = 2 asks nobody: so a knob can be changed all the same, and it is told that it was done in one go.
         done = command("set", "max_page_sharing=100", "--json")

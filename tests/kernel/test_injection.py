@@ -178,6 +178,36 @@ def test_in_namespaces_of_its_own(program: Path) -> None:
         assert target.end().startswith("0 errors")
 
 
+VSYSCALL = """
+#include <signal.h>
+#include <stdio.h>
+#include <unistd.h>
+static volatile sig_atomic_t over;
+static void end(int number) { over = 1; }
+int main(void)
+{
+	long (*now)(long *) = (void *)0xffffffffff600400, last = 0, told, errors = 0;
+	signal(SIGUSR2, end);
+	last = now(&told);
+	printf("%d\\n", getpid());
+	fflush(stdout);
+	for (; !over; last = told)
+		errors += now(&told) != told || told < last;
+	printf("%ld errors\\n", errors);
+}
+"""
+
+
+def test_a_program_that_lives_in_the_vsyscall_page(tmp_path: Path) -> None:
+    if "[vsyscall]" not in Path("/proc/self/maps").read_text():
+        pytest.skip("this kernel has no vsyscall page (vsyscall=none)")
+    source = tmp_path / "vsyscall.c"
+    source.write_text(VSYSCALL)
+    with started(compiled(tmp_path, source=source)) as target:
+        assert in_child(switched(target.process, 200)) == 0
+        assert target.end() == "0 errors\n"
+
+
 def test_a_32_bit_program_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "small.S"
     source.write_text(

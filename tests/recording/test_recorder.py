@@ -112,6 +112,34 @@ def test_who_wrote_a_knob_and_what_a_service_tells_are_events(tmp_path: Path) ->
     assert events[-1].seconds == pytest.approx(3.0, abs=0.5)
 
 
+def test_who_wrote_may_be_told_after_the_change_was_seen_and_before(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "r")
+    told: list[Mapping[Knob, str]] = []
+
+    def listen(seconds: float) -> Heard:
+        return Heard(told.pop(0) if told else {})
+
+    recording = Recorder(stage.host, Busy(1), stage.writer, listen=listen)
+    recording.sample()
+    stage.host.set(Knob.RUN, 1)
+    told += [{Knob.RUN: "late (pid 1)"}]
+    recording.sample()
+    # A truncation is told before the write that follows.
+    told += [{Knob.RUN: "early (pid 2)"}]
+    recording.sample()
+    stage.host.set(Knob.RUN, 0)
+    recording.sample()
+    stage.host.set(Knob.RUN, 1)
+    recording.sample()
+    stage.end()
+    with Recording(tmp_path / "r") as found:
+        assert [event.text for event in found.events()] == [
+            "run: 0 → 1 by late (pid 1)",
+            "run: 1 → 0 by early (pid 2)",
+            "run: 0 → 1",
+        ]
+
+
 def test_samples_that_take_long_leave_time_for_looks(tmp_path: Path) -> None:
     stage = Stage(tmp_path / "r")
     source, began = time.monotonic, time.monotonic()

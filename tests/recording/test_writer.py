@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.engine.memory import page_content
-from ksmd_ctl.errors import Absent, Unwritable, UsageError
+from ksmd_ctl.errors import Absent, KsmdError, Unwritable, UsageError
 from ksmd_ctl.host.fields import FIELDS
 from ksmd_ctl.host.memory import Process, ProcessId
 from ksmd_ctl.host.page_sample import PageLook, ProcessPages, SampledPage
@@ -182,6 +182,25 @@ def test_after_kill_9_it_can_be_read(tmp_path: Path) -> None:
         read_all(path)
         with Recording(path) as recording:
             assert list(recording.samples())
+
+
+def test_a_recording_that_grows_can_be_read_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    with subprocess.Popen([sys.executable, "-c", _WRITES, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        try:
+            found = set()
+            for _ in range(100):
+                try:
+                    read_all(path)
+                    found.add("read")
+                except KsmdError as error:
+                    found.add(error.why)
+        finally:
+            process.kill()
+    assert "read" in found
+    assert found <= {"read", "it is being written just now"}
 
 
 def test_a_full_disk_is_said_and_what_was_recorded_stays(tmp_path: Path) -> None:
