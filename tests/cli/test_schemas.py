@@ -70,6 +70,7 @@ def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
 def test_a_field_of_another_type_or_a_missing_one_is_a_problem() -> None:
     report = example()
     by_data = {"knobs", "readings", "errors", "nodes", "within", "totals", "left", "oom_kills", "healed", "unrealised"}
+    by_data |= {"switches", "auto", "qmp", "inject"}
     missed = []
     for path in places(report):
         for missing in (False, True):
