@@ -193,7 +193,7 @@ def write_error(knob: Knob, value: KnobValue, error: OSError, path: str = "") ->
     elif number == errno.EROFS:
         kind = Denied
         hint = (
-            "the unit needs ReadWritePaths=/sys/kernel/mm/ksm; a container needs the host's /sys/kernel/mm/ksm mounted "
+            "the unit needs BindPaths=/sys/kernel/mm/ksm; a container needs the host's /sys/kernel/mm/ksm mounted "
             "writable at the same path, also a privileged one (docs/container.md)"
         )
     elif number == errno.EBUSY and KNOBS[knob].needs_unmerge:
