@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 import time
@@ -96,6 +97,8 @@ class Place:
             if self.refused is not None:
                 os.close(self.descriptor)
 
+        # What earlier tests have left open.
+        gc.collect()
         before = threading.active_count(), len(os.listdir("/proc/self/fd"))
         asyncio.run(main())
         assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
