@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn, TextIO, TypeAlias
 
@@ -142,6 +143,15 @@ def whole_number(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def file_name(text: str) -> Path:
+    """The type of an option that takes the name of a file."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file is empty")
+    if text == "-":
+        raise argparse.ArgumentTypeError("- is not taken for stdin or stdout; a file of that name is ./-")
+    return Path(text)
 
 
 def seconds(most: int, least: float = 0.1) -> Callable[[str], float]:

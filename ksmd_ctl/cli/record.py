@@ -23,6 +23,7 @@ from ksmd_ctl.cli.common import (
     add_command,
     add_config,
     add_source,
+    file_name,
     handling,
     seconds,
     share,
@@ -54,7 +55,7 @@ def add_parser(parsers: Parsers) -> None:
         host_help="this machine's kernel, or a simulated host (default: the kernel)",
     )
     add_source(parser)
-    parser.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE", help="the file, a new one")
+    parser.add_argument("-o", dest="output", type=file_name, required=True, metavar="FILE", help="the file, a new one")
     parser.add_argument(
         "--for",
         dest="length",
@@ -85,7 +86,7 @@ def add_parser(parsers: Parsers) -> None:
     )
     parser.add_argument(
         "--key-file",
-        type=Path,
+        type=file_name,
         metavar="FILE",
         help="make digests of contents with the key in FILE and store them, so that recordings can be compared; "
         "it is made if it does not exist. Whoever has it can find out which contents were in memory",
