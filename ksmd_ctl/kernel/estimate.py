@@ -80,7 +80,8 @@ class Look:
     :ivar left_out: processes that could not be looked at, and why
     :ivar gone: pids of processes that ended meanwhile
     :ivar pages: pages (mappings) that there are to be read, about
-    :ivar read: how many of these were read
+    :ivar read: how many of these were read by the pass over everything
+    :ivar drawn: how many were read for the sample
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Look:
         self.left_out = left_out
         self.gone: set[int] = set()
         self.pages = sum(target.pages for target in targets)
-        self.read = 0
+        self.read = self.drawn = 0
         self._interval = interval_seconds
         self._domain_of = domain_of
         self._more = more
@@ -227,6 +228,7 @@ class Look:
                 if family and not entry & EXCLUSIVE and not self._once(frame):
                     continue
                 for number in contents.block(address, 1):
+                    self.drawn += 1
                     if number == ZERO:
                         frees = self._split_frees(part.item, frame)
                         for sample in into:

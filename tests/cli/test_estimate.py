@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ import pytest
 
 from ksmd_ctl.cli import estimate
 from ksmd_ctl.cli.main import main
-from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.errors import Denied, ExitCode
 from ksmd_ctl.host.estimate import Contents, Estimate, PageKind, Rules, SampledPages, Stability, Stage
 from ksmd_ctl.host.merging import estimate as told
 from ksmd_ctl.host.sample import HostIdentity, HostKind, Sample
 from ksmd_ctl.host.sampling import Bounds
+from ksmd_ctl.kernel.estimate_targets import Target
+from ksmd_ctl.kernel.proc_pid import LeftOut
 from ksmd_ctl.reports.estimate import LookedAt, estimate_document, ksmd_cost
 from tests.cli.test_numa import contract, shape
 from tests.fakes.host import process
@@ -247,6 +249,54 @@ def test_ctrl_c_prints_the_best_so_far(json_: bool, tmp_path: Path) -> None:
         assert (look["interrupted"], look["stage"]) == (True, "read")
     else:
         assert "interrupted, all pages read" in out
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read others' memory")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("drawn", [256, 0])
+def test_interrupted_in_the_sample_it_prints_the_figures_of_that(
+    number: signal.Signals, drawn: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where one process could not be looked at. Where no other could either, that is the error."""
+    pages = SampledPages(Counter(range(100)), Counter({(number, 0): 1 for number in range(100)}))
+
+    class Look:
+        pages, read, gone = 4000, 0, frozenset[int]()
+
+        def __init__(self, *_: object, left_out: LeftOut, **__: object) -> None:
+            self.drawn = drawn
+            left_out.errors[1] = Denied("process 1", "/proc/1/smaps can't be read: EACCES")
+
+        def estimates(self) -> Iterator[Estimate]:
+            yield Estimate(Stage.SAMPLE, 0.1, 1.0, 4000, 0, pages.outcomes(0.1, 4000, RULES))
+            signal.raise_signal(number)
+
+    monkeypatch.setattr("ksmd_ctl.kernel.estimate.Look", Look)
+    targets = [Target(one, 0, ()) for one in PROCESSES]
+    monkeypatch.setattr("ksmd_ctl.kernel.estimate_targets.find_targets", lambda *_, **__: targets)
+    before = signal.getsignal(number)
+    code = main(["estimate", "--all"])
+    out, err = capsys.readouterr()
+    assert signal.getsignal(number) is before
+    if not drawn:
+        assert (code, out) == (ExitCode.DENIED, "")
+        return
+    assert (code, err) == (ExitCode.INTERRUPTED, "")
+    assert out.startswith("merging would save ")
+    assert "1 process could not be looked at: pid 1 (" in out
+    assert "interrupted, from a sample of 10.0 % of all pages" in out
+
+
+def test_time_passes_on_the_simulated_host(capsys: pytest.CaptureFixture[str]) -> None:
+    looks = {}
+    for interval in ("0", "10", "30"):
+        assert main(["estimate", "--host", "engine", "--interval", interval, "--json"]) == 0
+        looks[interval] = json.loads(capsys.readouterr().out)["look"]
+    assert [one["interval_seconds"] for one in looks.values()] == [0, 10, 30]
+    assert [one["stage"] for one in looks.values()] == ["read", "final", "final"]
+    assert looks["0"]["unchanged_share"] is None
+    # Its guests write all the time.
+    assert 1 > looks["10"]["unchanged_share"] > looks["30"]["unchanged_share"] > 0.9
 
 
 def test_the_example_in_the_documents_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
