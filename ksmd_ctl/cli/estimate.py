@@ -236,6 +236,7 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
     assert best is not None
     looked = replace(
         looked,
+        interval_seconds=look.interval_seconds,
         seconds=pace.seconds,
         cpu_seconds=pace.cpu_seconds,
         left_out={pid: error.why for pid, error in left_out.errors.items()},

@@ -144,6 +144,17 @@ def test_lines() -> None:
     assert "no memory is marked mergeable; --all" in text(nothing)
 
 
+def test_where_nothing_is_marked_it_tells_no_cost() -> None:
+    nothing = told(Contents([], {}), {}, RULES, 0, domain_of=[], stable=Stability())
+    looked = LookedAt([], RULES, 0.5, 0.0, 0.1, 0.05)
+    shown = json.loads(json.dumps(estimate_document(IDENTITY, nothing, looked, ())))
+    assert text(shown).splitlines() == [
+        "0 processes: no memory is marked mergeable; --all looks at memory that is not marked, too",
+        "all pages read, 0.1 s of CPU in 0.1 s",
+    ]
+    assert shown["ksmd"]["first_cpu_seconds"] == shown["ksmd"]["scan_cpu_seconds"] == 0
+
+
 def test_ksmds_cost_is_measured_where_it_runs() -> None:
     (outcome,) = [one for one in found().outcomes if one.merge_across_nodes and not one.use_zero_pages]
     calculated = ksmd_cost(outcome, ())
@@ -176,13 +187,27 @@ def test_ksmds_cost_is_measured_where_it_runs() -> None:
     [
         ["--cpu", "0"], ["--cpu", "1.5"], ["--cpu", "-1"], ["--cpu", "nan"], ["--cpu", "half"], ["--cpu", "\u0660.5"],
         ["--interval", "-1"], ["--interval", "4000"], ["--interval", "1e3"], ["--pid", "0"], ["--pid", "one"],
-        ["--pid", "1", "--unit", "a"], ["--by", "domain"],
+        ["--pid", "1", "--unit", "a"], ["--by", "domain"], ["--unit="], ["--unit", ""], ["--config="],
     ],
 )  # fmt: skip
 def test_what_makes_no_sense(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "--host", "engine", *words]) == ExitCode.USAGE
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--cpu", "1e-3"], "'1e-3' is not a share from 0.001 to 1, written with digits alone, as 0.25"),
+        (["--cpu", "1.5"], "'1.5' is not a share from 0.001 to 1"),
+        (["--interval", "1e3"], "'1e3' is not a number of seconds from 0 to 3600, written with digits alone, as 0.25"),
+        (["--unit="], "argument --unit: the value is empty"),
+    ],
+)
+def test_it_says_what_is_wrong_with_a_value(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--host", "engine", *words]) == ExitCode.USAGE
+    assert capsys.readouterr().err.splitlines()[0].endswith(why)
 
 
 def test_without_root_it_says_what_can_be_seen(
@@ -261,7 +286,7 @@ def test_interrupted_in_the_sample_it_prints_the_figures_of_that(
     pages = SampledPages(Counter(range(100)), Counter({(number, 0): 1 for number in range(100)}))
 
     class Look:
-        pages, read, gone = 4000, 0, frozenset[int]()
+        pages, read, gone, interval_seconds = 4000, 0, frozenset[int](), 10.0
 
         def __init__(self, *_: object, left_out: LeftOut, **__: object) -> None:
             self.drawn = drawn
