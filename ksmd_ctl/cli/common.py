@@ -33,6 +33,10 @@ LEAST_CPU_SHARE: Final = 0.001
 ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+# Without an address nobody listens.
+_MAY_BE_EMPTY: Final = frozenset({"metrics_listen"})
+
+
 @contextmanager
 def handling(signals: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """Have signals handled for as long as this lasts, also those that whoever started this process has blocked."""
@@ -64,6 +68,14 @@ class Parser(argparse.ArgumentParser):
             found.words += rest
             rest = []
         return found, rest
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Take no empty value: where a script has an unset variable, it would be as if nobody had given the option."""
+        # A type says by itself what it takes.
+        text = action.option_strings and action.type is None and action.choices is None
+        if text and "" in arg_strings and action.dest not in _MAY_BE_EMPTY:
+            self.error(f"argument {'/'.join(action.option_strings)}: the value is empty")
+        return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError("reading the command line", message, hint=f"{self.prog} --help")
@@ -167,8 +179,10 @@ def share(least: float, most: int = 1) -> Callable[[str], float]:
 def _decimal(kind: str, least: float, most: int) -> Callable[[str], float]:
     def decimal(text: str) -> float:
         # Not float() alone: it takes "+1", " 1", "1_0", "nan" and the digits of other scripts.
-        if not (text.isascii() and text.replace(".", "", 1).isdigit() and least <= float(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {kind} from {least} to {most}")
+        digits = text.isascii() and text.replace(".", "", 1).isdigit()
+        if not (digits and least <= float(text) <= most):
+            how = "" if digits else ", written with digits alone, as 0.25"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {kind} from {least} to {most}{how}")
         return float(text)
 
     return decimal

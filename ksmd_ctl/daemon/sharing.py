@@ -2,7 +2,8 @@
 """The service looks at who shares frames with whom: in the background by unit, and on request (docs/sharing.md).
 
 A look takes CPU time of the host, as a survey does (`ksmd_ctl.daemon.numa`): the background has the same interval and
-share for it. The processes are those of the latest survey.
+share for it; units that the latest look had not yet are looked at sooner. The processes are those of the latest
+survey.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ksmd_ctl.daemon.tasks import Tasks
 from ksmd_ctl.domains.members import domain_of
 from ksmd_ctl.errors import KsmdError
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.memory import ROUND_PAGES
+from ksmd_ctl.host.memory import ROUND_PAGES, Survey
 from ksmd_ctl.host.operation import in_thread
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.host.sharing import Sharing
@@ -30,6 +31,8 @@ from ksmd_ctl.reports.sharing import NO_LOOK, Grouping, grouping, sharing_docume
 # With less a host with a few hundred processes could not be looked at. The next look is later then.
 _LEAST_BUDGET_SECONDS: Final = 1.0
 _ASKED_BUDGET_SECONDS: Final = 5.0
+# Units come one after the other, as when a host starts its virtual machines.
+_NEWCOMERS_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,11 @@ class SharingWatch:
         self._looked_at = 0.0
         self._error = ""
         self._looks = self._failures = 0
-        self._due = host.clock()
+        self._due = self._soonest = host.clock()
+        # The units of the latest look, and whether a survey has others.
+        self._units: frozenset[str] = frozenset()
+        self._compared: Survey | None = None
+        self._newcomers = False
         self._task: asyncio.Task[None] | None = None
         # Anybody who can connect may ask: they take turns, and who comes soon afterwards gets the same.
         self._turn = asyncio.Lock()
@@ -88,12 +95,21 @@ class SharingWatch:
 
     def tick(self, sample: Sample) -> None:
         """Start a look if one is due: while something is merged, and once afterwards."""
-        share, shown = self._config().census_cpu_share, self._section
+        share, shown, survey = self._config().census_cpu_share, self._section, self._numa.survey
         looking = self._task is not None and not self._task.done()
-        if looking or not share or sample.time_seconds < self._due or self._numa.survey is None:
+        if looking or not share or survey is None or sample.time_seconds < self._soonest:
+            return
+        if sample.time_seconds < self._due and not self._has_newcomers(survey):
             return
         if sample.number("pages_shared") or (shown and shown["merged_bytes"]):
             self._task = self._tasks.start(self._look())
+
+    def _has_newcomers(self, survey: Survey) -> bool:
+        """Whether a survey has units that the latest look had not yet."""
+        if survey is not self._compared:
+            self._compared = survey
+            self._newcomers = not self._units.issuperset(grouping(survey.processes, "unit").names)
+        return self._newcomers
 
     async def _look(self) -> None:
         config = self._config()
@@ -112,7 +128,11 @@ class SharingWatch:
             self._section = await self._tasks.completed(section)
             self._looks += 1
             self._error, self._looked_at, spent = "", came.time_seconds, came.cpu_seconds
-        self._due = self._host.clock() + max(config.census_interval, spent / (config.census_cpu_share or 1.0))
+            self._units, self._compared = frozenset(groups.names), None
+        now, rest = self._host.clock(), spent / (config.census_cpu_share or 1.0)
+        self._due = now + max(config.census_interval, rest)
+        failed = isinstance(came, KsmdError)
+        self._soonest = self._due if failed else now + max(min(config.census_interval, _NEWCOMERS_SECONDS), rest)
         self._changed()
 
     # -- requests --------------------------------------------------------------------------------------------

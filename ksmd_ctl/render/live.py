@@ -250,7 +250,7 @@ _COLUMNS: Final[Sequence[tuple[str, Callable[[Unit], str], Sort]]] = (
     ("huge pages lost", lambda one: _shown(one.prevented, count_text), Sort.COST),
     ("away", lambda one: _shown(one.away_bytes, bytes_text), Sort.COST),
     ("merged", lambda one: _shown(one.merged_bytes, bytes_text), Sort.SAVING),
-    ("most with", lambda one: one.with_whom or "-", Sort.SHARING),
+    ("most with", lambda one: one.with_whom or (_UNKNOWN if one.shared_bytes is None else "-"), Sort.SHARING),
 )
 _WITH_WHOM: Final = 24
 
@@ -292,8 +292,9 @@ def _events(view: View, rows: int) -> Table:
 
 
 def _footer(view: View) -> Text:
-    age = number(part(view.report, "numa"), "age_seconds")
-    said = f"units by {view.sort}" + ("" if age is None else f", surveyed {seconds_text(max(1, round(age)))} ago")
+    looked, verb = ("sharing", " of") if view.sort is Sort.SHARING else ("numa", ", surveyed")
+    age = number(part(view.report, looked), "age_seconds")
+    said = f"units by {view.sort}" + ("" if age is None else f"{verb} {seconds_text(max(1, round(age)))} ago")
     if view.keys:
         said += "; keys: s saving, c cost, h sharing, q quit"
     return Text(said, _SOFT, no_wrap=True, overflow="ellipsis")

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Final
 
 from ksmd_ctl.reports.document import number, part, parts, text
-from ksmd_ctl.reports.numa import KEPT, OTHER
+from ksmd_ctl.reports.numa import OTHER
 
 #: Points that are kept of a figure; more than a terminal has columns.
 _POINTS: Final = 400
@@ -111,25 +111,26 @@ def units(report: Mapping[str, object], sort: Sort) -> list[Unit]:
             partners.setdefault(first, second)
             partners.setdefault(second, first)
 
-    # Who is not named then shares nothing, or next to nothing.
-    looked = number(sharing, "age_seconds") is not None and len(shared) < KEPT
-
     def unit(name: str, saves: Mapping[str, object], shares: Mapping[str, object]) -> Unit:
         merging, remote = number(saves, "merging_pages"), number(saves, "remote_pages")
-        told = number(shares, "shared_bytes")
         return Unit(
             name=name,
             saved_bytes=number(saves, "share_bytes" if parted else "saved_bytes"),
             merged_bytes=number(shares, "merged_bytes") if merging is None else merging * page,
             away_bytes=None if remote is None else remote * page,
             prevented=number(saves, "split_blocks"),
-            shared_bytes=0 if told is None and looked and name != OTHER else told,
+            # Who is not named shares less than the others, or came after the look.
+            shared_bytes=number(shares, "shared_bytes"),
             with_whom=partners.get(name, ""),
         )
 
-    found = [unit(name, saving.get(name, {}), shared.get(name, {})) for name in {**saving, **shared} if name != OTHER]
+    sharers = [name for name in shared if number(shared[name], "shared_bytes")]
+    names = dict.fromkeys([*saving, *sharers])
+    found = [unit(name, saving.get(name, {}), shared.get(name, {})) for name in names if name != OTHER]
     found.sort(key=lambda one: (*(-rank for rank in one.rank(sort)), one.name))
     other = part(numa, "other")
-    if number(other, "processes"):
-        found.append(unit(OTHER, other, part(sharing, "other") if shared.keys() == saving.keys() else {}))
+    rest = unit(OTHER, other, part(sharing, "other") if shared.keys() == saving.keys() else {})
+    figures = rest.saved_bytes, rest.merged_bytes, rest.away_bytes, rest.prevented, rest.shared_bytes
+    if number(other, "processes") and (rest.merged_bytes is None or any(figures)):
+        found.append(rest)
     return found

@@ -132,6 +132,7 @@ def _sharing(sharing: Mapping[str, object]) -> str:
     groups = [
         (text(one, "group"), *(_shown(number(one, key), bytes_text) for key in keys))
         for one in parts(sharing, "groups")[:_GROUPS_SHOWN]
+        if number(one, "shared_bytes") != 0
     ]
     pairs = []
     for pair in parts(sharing, "pairs"):

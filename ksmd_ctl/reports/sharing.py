@@ -215,9 +215,12 @@ NO_LOOK: Final[Mapping[str, object]] = {
 def sharing_section(
     groups: Grouping, sharing: Sharing, largest: Largest, page_size_bytes: int, round_pages: int
 ) -> dict[str, object]:
-    """What a report has of it, without what changes by itself: the groups that share most, and all others as one."""
+    """What a report has of it, without what changes by itself: the groups that share most, and all others as one.
+
+    Groups that share nothing are named, too, if there is room: who is not named may not have been looked at.
+    """
     shared = {name: one.shared_pages for name, one in zip(groups.names, figures(sharing), strict=True)}
-    named = largest.names({name: pages for name, pages in shared.items() if pages and name != OTHER})
+    named = largest.names({name: pages for name, pages in shared.items() if name != OTHER})
     number = {name: index for index, name in enumerate(named)}
     labels = [number.get(name, len(named)) for name in groups.names]
     members: list[list[ProcessId]] = [[] for _ in range(len(named) + 1)]

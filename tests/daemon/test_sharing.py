@@ -118,13 +118,50 @@ def test_a_small_share_of_a_cpu_makes_the_next_look_later_and_none_switches_it_o
     run(nothing, share=0.0)
 
 
+def test_units_that_the_latest_look_had_not_yet_are_looked_at_sooner() -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.tick(5)
+        # What it lacks is not said to share nothing.
+        assert "new" not in {group["group"] for group in bench.section["groups"]}
+        bench.host.running.append(process(5, "new", 700))
+        bench.host.frames += [{1: 1, 5: 1}] * 512
+        await bench.tick(20)
+        assert len(bench.host.sharing_looks) == 1, "no survey has it yet"
+        await bench.numa.fresh_survey()
+        await bench.tick(1)
+        assert len(bench.host.sharing_looks) == 2
+        (found,) = [group for group in bench.section["groups"] if group["group"] == "new"]
+        assert found["shared_bytes"] == 512 * 4096
+        await bench.tick(20)
+        assert len(bench.host.sharing_looks) == 2
+
+    run(scenario)
+
+
+def test_units_that_come_often_take_no_more_of_a_cpu() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.host.sharing_outcome = Sharing(0.0, (), (0, 0), 1.0, True, KsmDetection.KPAGEFLAGS, 2.0)
+        await bench.tick(5)
+        bench.host.running.append(process(5, "new", 700))
+        await bench.tick(15)
+        await bench.numa.fresh_survey()
+        bench.host.sharing_outcome = Sharing(0.0, (), (0, 0, 0), 1.0, True, KsmDetection.KPAGEFLAGS, 2.0)
+        await bench.tick(23)
+        assert len(bench.host.sharing_looks) == 1
+        await bench.tick(3)
+        assert len(bench.host.sharing_looks) == 2
+
+    run(scenario)
+
+
 def test_while_nothing_is_merged_there_is_no_look_but_one_afterwards() -> None:
     async def scenario(bench: Bench) -> None:
         await bench.tick(5)
         bench.host.counters["pages_shared"], bench.host.frames = 0, []
         await bench.tick(100)
         assert len(bench.host.sharing_looks) == 2
-        assert bench.section["groups"] == bench.section["pairs"] == []
+        assert {group["shared_bytes"] for group in bench.section["groups"]} == {0}
+        assert bench.section["pairs"] == []
         await bench.tick(100)
         assert len(bench.host.sharing_looks) == 2
 

@@ -109,6 +109,17 @@ def test_what_is_unknown_is_no_zero() -> None:
     assert row(lines, "0  ").split()[-3:] == ["?", "?", "?"]
 
 
+def test_of_a_unit_that_came_after_the_look_it_is_not_known_with_whom_it_shares() -> None:
+    report = example()
+    report["sharing"]["age_seconds"] = 95.0
+    group = report["numa"]["groups"][0]
+    report["numa"]["groups"].append({**group, "group": "came-later"})
+    lines = drawn(view(report, sort=Sort.SHARING), 100)
+    assert row(lines, "came-later").split()[-1] == "?"
+    assert "-" not in row(lines, "came-later").split()
+    assert lines[-1].startswith("units by sharing of 1 min 35 s ago; keys: ")
+
+
 def test_before_the_first_report_and_after_the_last_one() -> None:
     assert len(drawn(view({}))) == 24
     lines = drawn(view(example(), notice="these are the last ones: no service runs", old=True))

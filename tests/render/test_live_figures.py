@@ -55,17 +55,32 @@ def test_a_unit_that_only_one_list_has_is_there_with_what_is_known() -> None:
     assert found.merged_bytes == 614465536
 
 
-def test_who_is_not_named_shares_nothing_once_there_was_a_look() -> None:
+def test_of_who_is_not_in_the_latest_look_it_is_not_known_what_it_shares() -> None:
     report = three()
     # Both lists name the same, so the others are the same, too.
     assert units(report, Sort.SAVING)[-1].shared_bytes == 412090368
     del report["sharing"]["groups"][0]
     assert units(report, Sort.SAVING)[-1].shared_bytes is None
-    assert {unit.shared_bytes for unit in units(report, Sort.SAVING) if unit.name == "b"} == {0}
-    report["sharing"]["groups"] = [shared(f"unit-{at}", 1) for at in range(20)]
     assert {unit.shared_bytes for unit in units(report, Sort.SAVING) if unit.name == "b"} == {None}
+    report["sharing"]["groups"].append(shared("b", 0))
+    assert {unit.shared_bytes for unit in units(report, Sort.SAVING) if unit.name == "b"} == {0}
+    # Who shares nothing is named only where it saves something.
+    report["sharing"]["groups"].append(shared("alone", 0))
+    assert "alone" not in names(report, Sort.SHARING)
     report["sharing"] = None
     assert {unit.shared_bytes for unit in units(report, Sort.SAVING)} == {None}
+
+
+def test_others_that_have_nothing_merged_are_not_named() -> None:
+    report = three()
+    other = report["numa"]["other"]
+    other |= dict.fromkeys(("share_bytes", "saved_bytes", "merging_pages", "remote_pages", "split_blocks"), 0)
+    report["sharing"]["other"]["shared_bytes"] = 0
+    assert other["processes"]
+    assert names(report, Sort.SAVING) == ["a", "b", "c"]
+    # What isn't known is not nothing.
+    other["merging_pages"] = report["sharing"]["other"]["merged_bytes"] = None
+    assert names(report, Sort.SAVING) == ["a", "b", "c", "other"]
 
 
 def test_without_parts_of_the_whole_they_are_by_what_un_merging_takes() -> None:

@@ -112,5 +112,11 @@ def test_a_report_names_those_that_share_most_and_adds_up_the_others() -> None:
         ("vm-2", "vm-3"): 5,
         ("vm-3", "other"): 4,
     }
+    alone: Any = sharing_section(*looked(host([{1: 1, 2: 1}] * 256 + [{3: 2}] * 256)), Largest(), PAGE, 256)
+    assert {group["group"]: group["shared_bytes"] for group in alone["groups"] if group["merged_bytes"]} == {
+        "vm-1": 256 * PAGE,
+        "vm-2": 256 * PAGE,
+        "vm-3": 0,
+    }
     nothing: Any = sharing_section(*looked(host([])), Largest(), PAGE, 256)
     assert (nothing["groups"], nothing["pairs"], nothing["other"]["shared_bytes"]) == ([], [], 0)
