@@ -50,6 +50,11 @@ def handling(signals: Iterable[signal.Signals], handler: Callable[[int, FrameTyp
             signal.signal(number, earlier)
 
 
+def interrupt(*_: object) -> None:
+    """The handler for signals that end a command as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """argparse makes one for each option that is added, and each would import shutil to find the width."""
 

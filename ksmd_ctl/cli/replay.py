@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from ksmd_ctl.cli.common import Parsers, add_command, add_config
+from ksmd_ctl.cli.common import ENDING, Parsers, add_command, add_config, handling, interrupt
 from ksmd_ctl.cli.report import add_recording, every, show, write_html
 from ksmd_ctl.cli.terminal import WIDTH, Column, ProgressLine, bytes_or_unknown, count_or_unknown, table
 from ksmd_ctl.errors import ExitCode, UsageError, did_you_mean
-from ksmd_ctl.figures import bytes_text, plural
+from ksmd_ctl.figures import bytes_text, plural, seconds_text
 from ksmd_ctl.render.recording import choices_text, difference_text, host_lines, sampling_text
 from ksmd_ctl.reports.document import number, part, parts, text
 
@@ -73,15 +73,21 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from ksmd_ctl.reports.recording import recorded_host
 
     knobs, config = _knobs(args.words), _config(args)
-    with Recording(args.recording) as recording, ProgressLine(sys.stderr) as line:
+    stopped = False
+    with Recording(args.recording) as recording, handling(ENDING, interrupt), ProgressLine(sys.stderr) as line:
         line.say("reading the recording")
         if args.apart:
             knobs = _apart(knobs, recording.facts.profile if not args.profile else args.profile)
         player = Player(recording, Choices(knobs, config, args.profile, args.apart))
         points: list[Point] = []
-        for point in player.play():
-            points.append(point)
-            line.at(round(point.recorded.time_seconds), round(player.samples[-1].time_seconds), "seconds")
+        try:
+            for point in player.play():
+                points.append(point)
+                line.at(round(point.recorded.time_seconds), round(player.samples[-1].time_seconds), "seconds")
+        except KeyboardInterrupt:
+            if not points:
+                raise
+            stopped = True
         host = recorded_host(recording.facts, recording.nodes(), player.samples)
     profile = player.host.machine.ksm.profile.name
     chosen = {knob.value: value for knob, value in knobs.items()}
@@ -95,13 +101,17 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         tuple(player.refused),
         player.sampling_error,
         apart=args.apart,
-        domains=player.domain_pages(),
+        # In the middle of a scan nobody knows.
+        domains=() if stopped else player.domain_pages(),
     )
     document = encode_fields(found)
     if args.html is not None:
         write_html(args.html, args.recording, replay_page(document))
     show(args, out, document, lines(document))
-    return ExitCode.DONE
+    if stopped:
+        replayed, recorded = points[-1].recorded.time_seconds, player.samples[-1].time_seconds
+        sys.stderr.write(f"stopped: {seconds_text(replayed)} of {seconds_text(recorded)} were replayed\n")
+    return ExitCode.INTERRUPTED if stopped else ExitCode.DONE
 
 
 def _knobs(words: Sequence[str]) -> dict[Knob, KnobValue]:

@@ -17,7 +17,8 @@ from typing import Any, Final, NamedTuple
 
 from ksmd_ctl.errors import Absent, KsmdError, Unparsable, Unreadable, UsageError, errno_text
 from ksmd_ctl.host.cpus import parse_nodes
-from ksmd_ctl.host.knobs import KNOBS, Knob
+from ksmd_ctl.host.fields import FIELDS_BY_NAME
+from ksmd_ctl.host.knobs import KNOBS, RUN_OFFLINE, Knob
 from ksmd_ctl.host.page_sample import MOST_ONE_IN
 from ksmd_ctl.host.sample import NodeMemory, Reading, Sample
 from ksmd_ctl.recording.schema import APPLICATION_ID, SAMPLE, TABLES, VERSION
@@ -26,6 +27,8 @@ _HEADER: Final = b"SQLite format 3\0"
 _HEADER_BYTES: Final = 100
 # A thousand years.
 _MOST_SECONDS: Final = 3.2e10
+# More than any host counts.
+_MOST_COUNT: Final = 1 << 60
 _MOST_NODES: Final = 1 << 10
 _HINT: Final = "ksmd-ctl record makes one"
 
@@ -131,6 +134,7 @@ class Recording:
         self._path = path
         self._what = f"reading {path}"
         self._journal = Path(f"{path}-journal")
+        self._known: dict[str, set[int]] = {"process": set(), "look": set()}
         self._check_file()
         # Not immutable: it may still be written. What an unclean end left half done, SQLite has to take back.
         mode = "rw" if self._journal.exists() and os.access(path, os.W_OK) else "ro"
@@ -205,13 +209,21 @@ class Recording:
             raise self._damaged(f"it has no table {missing[0]}")
         self._columns = {table.name: {row[1] for row in ask(f"PRAGMA table_info({table.name})")} for table in TABLES}
 
-    def _rows(self, statement: str, *kinds: type | tuple[type, ...]) -> Iterator[tuple[Any, ...]]:
-        """The rows of a statement, whose columns have to be of these types."""
+    def _rows(
+        self, statement: str, *kinds: type | tuple[type, ...], signed: int | None = None
+    ) -> Iterator[tuple[Any, ...]]:
+        """The rows of a statement, whose columns have to be of these types.
+
+        :param signed: the one column whose numbers may be below 0
+        """
         with self._reading():
             for row in self._database.execute(statement):
-                for value, kind in zip(row, kinds, strict=False):
-                    endless = isinstance(value, float) and not -_MOST_SECONDS < value < _MOST_SECONDS
-                    if not isinstance(value, kind) or endless:
+                for column, (value, kind) in enumerate(zip(row, kinds, strict=False)):
+                    wrong = not isinstance(value, kind)
+                    if not wrong and isinstance(value, int | float):
+                        most = _MOST_SECONDS if isinstance(value, float) else _MOST_COUNT
+                        wrong = not (-most if column == signed else 0) <= value < most
+                    if wrong:
                         raise self._damaged(f"it is damaged: {str(value)[:40]!r} is of a wrong type or out of range")
                     # Who recorded it wrote none such, and they would act on a terminal.
                     if isinstance(value, str) and not value.isprintable():
@@ -249,7 +261,8 @@ class Recording:
             service=fact("service", dict, type(None)),
             domains=fact("domains", str, type(None)),
         )
-        if not (1 <= facts.one_in <= MOST_ONE_IN and facts.page_size_bytes > 0 and abs(facts.begun) < _MOST_SECONDS):
+        ranges = 1 <= facts.one_in <= MOST_ONE_IN, facts.page_size_bytes > 0, abs(facts.begun) < _MOST_SECONDS
+        if not (all(ranges) and 0 <= (facts.seconds or 0.0) < _MOST_SECONDS):
             raise self._damaged("it is damaged: a fact is out of its range")
         said = [facts.program, facts.kind, facts.release, facts.profile, facts.domains or ""]
         said += map(str, (facts.service or {}).values())
@@ -276,8 +289,7 @@ class Recording:
             for name, value in zip(names, row[1:], strict=True):
                 if value is None:
                     continue
-                words = name in KNOBS and KNOBS[Knob(name)].words
-                if not isinstance(value, str if words else (int, float)) or not str(value).isprintable():
+                if not _possible(name, value) or not str(value).isprintable():
                     raise self._damaged(f"it is damaged: {name} is {str(value)[:40]!r}")
                 readings[name] = value
             yield Sample(row[0], readings, memory.get(row[0], {}))
@@ -297,7 +309,8 @@ class Recording:
             f'SELECT process, pid, name, unit, "grouped", family, home, began, ended, {domain} FROM process ORDER BY 1'
         )
         optional = (int, type(None)), float, (float, type(None)), (str, type(None))
-        rows = self._rows(text, int, int, str, str, str, int, *optional)
+        # What ran before the recording began at a time below 0.
+        rows = self._rows(text, int, int, str, str, str, int, *optional, signed=7)
         return tuple(RecordedProcess(*row) for row in rows)
 
     def domains(self) -> Mapping[str, frozenset[int]]:
@@ -320,7 +333,9 @@ class Recording:
         seen = "rmap_items" if "rmap_items" in there else "NULL"
         statement = f"SELECT seconds, process, resident_pages, {seen} FROM process_sample ORDER BY seconds, rowid"
         for row in self._rows(statement, float, int, int, (int, type(None))):
-            yield ProcessSample(*row)
+            found = ProcessSample(*row)
+            self._check_known(found.process)
+            yield found
 
     def looks(self) -> tuple[RecordedLook, ...]:
         """All looks, by their times."""
@@ -334,20 +349,38 @@ class Recording:
         """What looks found of processes, by their times."""
         statement = "SELECT look, process, seconds, pages, merging_pages FROM process_look ORDER BY look, rowid"
         rows = self._rows(statement, int, int, float, int, (int, type(None)))
-        return tuple(ProcessLook(*row) for row in rows)
+        found = tuple(ProcessLook(*row) for row in rows)
+        for one in found:
+            self._check_known(one.process, one.look)
+        return found
 
     def changes(self) -> Iterator[PageChange]:
         """What changed from look to look."""
         statement = "SELECT look, process, page, content, node, frame FROM page ORDER BY look, rowid"
-        for row in self._rows(statement, int, int, int, (int, type(None)), int, int):
-            yield PageChange(*row)
+        for row in self._rows(statement, int, int, int, (int, type(None)), int, int, signed=5):
+            found = PageChange(*row)
+            self._check_known(found.process, found.look)
+            yield found
 
     def events(self) -> tuple[RecordedEvent, ...]:
         """What happened, by its time."""
         told = "service" if "service" in self._columns["event"] else "0"
         statement = f"SELECT seconds, kind, text, {told} FROM event ORDER BY seconds, rowid"
-        rows = self._rows(statement, float, str, str, int)
+        # The service's clock may have been set back.
+        rows = self._rows(statement, float, str, str, int, signed=0)
         return tuple(RecordedEvent(seconds, kind, text, bool(service)) for seconds, kind, text, service in rows)
+
+    def _check_known(self, process: int, look: int | None = None) -> None:
+        """
+        :raises Unparsable: the recording has no such process, or no such look
+        """
+        for table, number in (("process", process), ("look", look)):
+            if number is None or number in self._known[table]:
+                continue
+            # What is being written may have grown since it was asked.
+            self._known[table] = {one for (one,) in self._rows(f"SELECT {table} FROM {table}", int)}
+            if number not in self._known[table]:
+                raise self._damaged(f"it is damaged: there is no {table} {number}")
 
     def close(self) -> None:
         self._database.close()
@@ -357,3 +390,16 @@ class Recording:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _possible(name: str, value: object) -> bool:
+    """Whether a field of a sample can read so."""
+    if name in KNOBS and (spec := KNOBS[Knob(name)]).words:
+        return isinstance(value, str)
+    if not isinstance(value, int | float):
+        return False
+    if name == Knob.RUN:
+        return value in (0, 1, 2, RUN_OFFLINE, RUN_OFFLINE + 1, RUN_OFFLINE + 2)
+    if name in KNOBS:
+        return spec.minimum <= value <= spec.maximum
+    return (-_MOST_COUNT if FIELDS_BY_NAME[name].signed else 0) <= value < _MOST_COUNT

@@ -137,9 +137,11 @@ def chart(
     if not known:
         return f'{heading}<p class="none">not known on this host</p></section>'
     drawn = drawing(curves, times, marks, axis)
+    # Of a line at zero all the time no other value is its top.
+    top = show(drawn.high) if any(known) else ""
     said = escape(f"{title}: from {show(min(known))} to {show(max(known))}{axis.words}")
     return (
-        f'{heading}<div class="scale"><span>{escape(show(drawn.high))}</span></div>'
+        f'{heading}<div class="scale"><span>{escape(top)}</span></div>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{said}">'
         f"<title>{said}</title>{drawn.svg}</svg>"
         f'<div class="scale"><span>{escape(show(drawn.low))}</span></div>'

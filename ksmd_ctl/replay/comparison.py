@@ -173,8 +173,9 @@ def difference(points: Sequence[ReplayPoint]) -> Difference:
 def _means(moments: Sequence[tuple[float, Moment]]) -> Means:
     known = [(seconds, one.saved_bytes) for seconds, one in moments if one.saved_bytes is not None]
     total = length = 0.0
-    for (begins, saved), (ends, _) in pairwise(known):
-        total += saved * (ends - begins)
+    for (begins, before), (ends, after) in pairwise(known):
+        total += (before + after) / 2 * (ends - begins)
         length += ends - begins
     cpu = [one.ksmd_cpu_seconds for _, one in moments if one.ksmd_cpu_seconds is not None]
-    return Means(total / length if length else None, cpu[-1] if cpu else None)
+    alone = known[0][1] if known else None
+    return Means(total / length if length else alone, cpu[-1] if cpu else None)

@@ -90,7 +90,7 @@ class Player:
         self._choices = choices
         self.samples = list(recording.samples())
         if not self.samples:
-            raise UsageError("replaying the recording", "it has no samples", hint="record for longer")
+            raise UsageError("reading the recording", "it has no samples", hint="record for longer")
         try:
             kind = profile(choices.profile or recording.facts.profile)
         except ValueError as error:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Final, NamedTuple
 
-from ksmd_ctl.errors import Unparsable
 from ksmd_ctl.host.page_sample import EqualPages
 from ksmd_ctl.recording.reader import PageChange, RecordedLook, Recording
 from ksmd_ctl.recording.schema import ZEROES
@@ -144,9 +143,6 @@ def read_pages(recording: Recording) -> PageHistory:
     for look, process in times:
         members.setdefault(look, []).append(process)
     for (look, process), rows in groupby(recording.changes(), key=lambda row: (row.look, row.process)):
-        if process not in began or look not in looks:
-            why = f"it is damaged: there is no process {process} or no look {look}"
-            raise Unparsable("reading the recording", why, hint="copy it again from where it was recorded")
         here, known = there.setdefault(process, set()), ever.setdefault(process, set())
         since, until = times.get((look, process), (looks[look].ended,) * 2)
         found = sorted(rows, key=lambda row: row.page)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Final, NamedTuple, TypeVar
 
+from ksmd_ctl.errors import UsageError
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.recording.reader import Facts, PageChange, ProcessLook, RecordedProcess, Recording
 from ksmd_ctl.reports.saving import saving
@@ -161,9 +162,12 @@ def recording_report(recording: Recording) -> RecordingReport:
     """The report of a recording.
 
     :raises Unparsable: it is damaged
+    :raises UsageError: it has no samples
     """
     facts = recording.facts
     samples = list(recording.samples())
+    if not samples:
+        raise UsageError("reading the recording", "it has no samples", hint="record for longer")
     processes = {one.process: one for one in recording.processes()}
     # Of a recording anything may be expected.
     limits = [limit for one in samples if (limit := one.number("max_page_sharing") or 0) >= 2]

@@ -97,6 +97,19 @@ def test_a_later_format_another_database_and_no_file(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_a_recording_without_samples(
+    command: str, recording: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r"
+    path.write_bytes(recording)
+    with sqlite3.connect(path) as database:
+        database.execute("DELETE FROM sample")
+    code, err = said(capsys, command, path)
+    assert code == ExitCode.USAGE
+    assert "it has no samples" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_history_that_a_service_has_open(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     history = HistoryFile(tmp_path / "history", 1 << 20)
     try:

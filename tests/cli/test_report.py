@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from ksmd_ctl.cli import replay
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.config.model import PolicyName
 from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.figures import seconds_text
 from ksmd_ctl.host.knobs import Knob
+from ksmd_ctl.replay.player import Player, Point
 from tests.replay.recordings import Stage, contents
 
 
@@ -63,6 +67,28 @@ def test_a_replay_says_which_error_its_sample_has(tmp_path: Path, capsys: pytest
     assert 0.01 < error < 0.5
     out = said(capsys, "replay", recording)
     assert f"sample     its standard error is {100 * error:.1f} %" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_replay_that_is_stopped_shows_what_was_replayed(
+    number: signal.Signals, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = Player.play
+
+    def stops(player: Player) -> Iterator[Point]:
+        for count, point in enumerate(play(player)):
+            if count == 12:
+                signal.raise_signal(number)
+            yield point
+
+    monkeypatch.setattr(Player, "play", stops)
+    assert main(["replay", str(path), "--json"]) == ExitCode.INTERRUPTED
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert len(document["timeline"]) == 12
+    assert document["replayed"]["saved_bytes"] is not None
+    last = document["timeline"][-1]["seconds"]
+    assert err == f"stopped: {seconds_text(last)} of {seconds_text(20)} were replayed\n"
 
 
 def test_a_replay_with_other_knobs_and_policies(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

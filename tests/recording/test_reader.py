@@ -132,6 +132,18 @@ def test_a_damaged_recording_is_an_error_or_is_read(made: Path) -> None:
         ("INSERT INTO domain VALUES ('gold', '1-2000')", "no node"),
         ("INSERT INTO domain VALUES (char(27) || '[2J', '0')", "cannot be shown"),
         ("UPDATE fact SET value = '7' WHERE name = 'domains'", "no fact domains"),
+        ("UPDATE fact SET value = '-1' WHERE name = 'seconds'", "out of its range"),
+        ("UPDATE sample SET pages_sharing = 9223372036854775807", "pages_sharing is '9223372036854775807'"),
+        ("UPDATE sample SET pages_sharing = -1", "pages_sharing is '-1'"),
+        ("UPDATE sample SET general_profit = -9223372036854775808", "general_profit is"),
+        ("UPDATE sample SET run = 7", "run is '7'"),
+        ("UPDATE sample SET merge_across_nodes = 2", "merge_across_nodes is '2'"),
+        ("UPDATE sample SET seconds = -1", "out of range"),
+        ("UPDATE look SET ended = -1", "out of range"),
+        ("UPDATE process_look SET pages = -1", "out of range"),
+        ("UPDATE process_sample SET resident_pages = -1", "out of range"),
+        ("DELETE FROM process WHERE process = 1", "there is no process 1"),
+        ("DELETE FROM look WHERE look = 2", "there is no look 2"),
     ],
 )  # fmt: skip
 def test_a_recording_that_somebody_has_changed(made: Path, statement: str, why: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 from ksmd_ctl.engine.memory import page_content
 from ksmd_ctl.errors import Absent, KsmdError, Unwritable, UsageError
 from ksmd_ctl.host.fields import FIELDS
+from ksmd_ctl.host.knobs import KNOBS, Knob
 from ksmd_ctl.host.memory import Process, ProcessId
 from ksmd_ctl.host.page_sample import PageLook, ProcessPages, SampledPage
 from ksmd_ctl.host.sample import NodeMemory, Sample
@@ -123,7 +124,12 @@ def test_a_process_that_could_not_be_looked_at_keeps_its_pages_and_one_without_m
 
 def test_every_field_is_a_column_and_survives(tmp_path: Path) -> None:
     words = {"advisor_mode": "none", "ksmd_cpus": "0-3", "ksmd_scheduling": "idle"}
-    readings = {field.name: words.get(field.name, number) for number, field in enumerate(FIELDS)}
+    readings = {
+        field.name: words.get(
+            field.name, min(KNOBS[Knob(field.name)].maximum, 1 << 62) if field.name in KNOBS else number
+        )
+        for number, field in enumerate(FIELDS)
+    }
     stage = Stage(tmp_path / "r")
     stage.writer.sample(2.5, Sample(99.0, readings, {3: NodeMemory(10, 4)}))
     with Recording(stage.end()) as recording:

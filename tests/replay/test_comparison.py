@@ -43,6 +43,18 @@ def test_cpu_seconds_are_since_the_beginning_and_saving_is_in_the_mean() -> None
     assert found.replayed.saved_bytes == pytest.approx(20 * 4096 - 21 * 64)
 
 
+def test_the_mean_counts_each_end_of_a_time_alike_and_one_moment_is_its_own() -> None:
+    def mean(*points: Point) -> float | None:
+        return replay_report(HOST, "7.2", {}, "", points, []).replayed.saved_bytes
+
+    saved = [20 * 4096 - 21 * 64, 60 * 4096 - 61 * 64]
+    assert mean(point(0, 0, 20)) == pytest.approx(saved[0])
+    assert mean(point(0, 0, 20), point(0, 0, 60)) == pytest.approx(saved[0])
+    assert mean(point(0, 0, 20), point(1, 0, 60)) == pytest.approx(sum(saved) / 2)
+    # Twice as long as the step.
+    assert mean(point(0, 0, 20), point(1, 0, 60), point(3, 0, 60)) == pytest.approx((sum(saved) / 2 + 2 * saved[1]) / 3)
+
+
 def test_a_long_timeline_is_thinned_and_the_difference_is_of_all() -> None:
     points = [point(second, 100, 100 if second != 777 else 50) for second in range(2000)]
     found = replay_report(HOST, "7.2", {}, "", points, [])
