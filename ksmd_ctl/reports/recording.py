@@ -169,8 +169,7 @@ def recording_report(recording: Recording) -> RecordingReport:
     if not samples:
         raise UsageError("reading the recording", "it has no samples", hint="record for longer")
     processes = {one.process: one for one in recording.processes()}
-    # Of a recording anything may be expected.
-    limits = [limit for one in samples if (limit := one.number("max_page_sharing") or 0) >= 2]
+    limits = [limit for one in samples if (limit := one.number("max_page_sharing")) is not None]
     limit = int(limits[-1]) if limits else _MAX_PAGE_SHARING
     contents, groups, domains, pairs = _contents(recording, processes, limit)
     events = recording.events()

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmd_ctl.engine.memory import PAGE_SIZE, page_content
+from ksmd_ctl.errors import Unparsable
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.sample import Sample
 from ksmd_ctl.recording.reader import Recording
@@ -77,7 +78,7 @@ def test_a_ksm_page_has_so_many_places(tmp_path: Path) -> None:
     assert report(stage.end()).contents.could_save_bytes == (10 - 3) * PAGE_SIZE
 
 
-def test_a_limit_that_cannot_be_is_not_taken(tmp_path: Path) -> None:
+def test_a_limit_that_cannot_be_is_refused(tmp_path: Path) -> None:
     stage = Stage(tmp_path / "r")
     stage.spawn(labels("a", "a", "b"), 0)
     stage.recorder.sample()
@@ -85,7 +86,8 @@ def test_a_limit_that_cannot_be_is_not_taken(tmp_path: Path) -> None:
     path = stage.end()
     with closing(sqlite3.connect(path)) as file, file:
         file.execute("UPDATE sample SET max_page_sharing = 0")
-    assert report(path).contents.could_save_bytes == PAGE_SIZE
+    with pytest.raises(Unparsable, match="max_page_sharing is '0'"):
+        report(path)
 
 
 def test_a_sample_stands_for_all(tmp_path: Path) -> None:
