@@ -145,9 +145,12 @@ def _title(view: View, width: int) -> Text:
     return title.append_text(Text(f" {clock}", _SOFT))
 
 
-def _clock(seconds: float) -> str:
+def _clock(seconds: float, now: float | None = None) -> str:
+    """The time of day, after month and day if it is not the day of `now`."""
     try:
-        return datetime.fromtimestamp(seconds).strftime("%H:%M:%S")
+        when = datetime.fromtimestamp(seconds)
+        other_day = now is not None and when.date() != datetime.fromtimestamp(now).date()
+        return when.strftime("%m-%d %H:%M:%S" if other_day else "%H:%M:%S")
     except (OverflowError, OSError, ValueError):
         # A report came over a socket.
         return _UNKNOWN
@@ -285,7 +288,7 @@ def _events(view: View, rows: int) -> Table:
     table.add_row(*_heads("events", ""))
     for mark, decided in view.events.latest(rows - 1):
         style = _SOFT if decided else _STYLES[BAD] if mark.bad else ""
-        table.add_row(Text(_clock(mark.time_seconds), _SOFT), _plain(mark.text, style))
+        table.add_row(Text(_clock(mark.time_seconds, view.now), _SOFT), _plain(mark.text, style))
     if not view.events:
         table.add_row(Text("none yet", _SOFT), Text())
     return table

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -143,6 +145,16 @@ def test_a_report_of_another_form_is_shown_as_far_as_it_can_be(begin: int) -> No
         before, part[key] = part[key], instead
         assert len(drawn(view(report))) == 24
         part[key] = before
+
+
+def test_events_of_another_day_have_the_date() -> None:
+    now = datetime(2026, 11, 30, 0, 10).timestamp()
+    happened = Events()
+    happened.tell(datetime(2026, 11, 29, 23, 59, 58).timestamp(), "yesterday's")
+    happened.tell(datetime(2026, 11, 30, 0, 0, 1).timestamp(), "today's")
+    lines = drawn(dataclasses.replace(view(example(), happened), now=now))
+    assert row(lines, "11-29 23:59:58").split()[2:] == ["yesterday's"]
+    assert row(lines, "00:00:01").split()[1:] == ["today's"]
 
 
 def test_nothing_in_a_name_reaches_the_terminal() -> None:
