@@ -147,6 +147,29 @@ def test_a_report_of_another_form_is_shown_as_far_as_it_can_be(begin: int) -> No
         part[key] = before
 
 
+def test_no_figure_is_cut() -> None:
+    report = example()
+    happened = Events()
+    happened.tell(1000.0, "the last burst merged 1,534,222 pages in 0.125 s, 0.1 s of ksmd's time")
+    words = {word for line in drawn(view(report, happened), 300, 60) for word in line.replace("…", "").split()}
+    for width in range(20, 120):
+        for line in drawn(view(report, happened), width, 60):
+            for word in line.split():
+                if any(letter.isdigit() for letter in word):
+                    assert "…" not in word, (width, line)
+                    assert word in words, (width, line)
+            # Nor is it without its unit.
+            before, cut, _ = line.partition("…")
+            assert not cut or not before[-1:].isdigit(), (width, line)
+
+
+def test_units_are_there_on_a_small_terminal() -> None:
+    lines = drawn(view(example()), 40, 10)
+    assert len(lines) == 10
+    assert row(lines, "web-1").split()[1] == "553.1"
+    assert lines[1].strip() == "saved 960.9 MiB"
+
+
 def test_events_of_another_day_have_the_date() -> None:
     now = datetime(2026, 11, 30, 0, 10).timestamp()
     happened = Events()
