@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn, TextIO, TypeAlias
 
@@ -30,6 +31,10 @@ LEAST_CPU_SHARE: Final = 0.001
 
 #: Ctrl-C; what `kill` and the end of a login session send; what a terminal sends that is closed.
 ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+# Without an address nobody listens.
+_MAY_BE_EMPTY: Final = frozenset({"metrics_listen"})
 
 
 @contextmanager
@@ -63,6 +68,14 @@ class Parser(argparse.ArgumentParser):
             found.words += rest
             rest = []
         return found, rest
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Take no empty value: where a script has an unset variable, it would be as if nobody had given the option."""
+        # A type says by itself what it takes.
+        text = action.option_strings and action.type is None and action.choices is None
+        if text and "" in arg_strings and action.dest not in _MAY_BE_EMPTY:
+            self.error(f"argument {'/'.join(action.option_strings)}: the value is empty")
+        return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
         hint = f"{self.prog} --help"
@@ -148,6 +161,15 @@ def whole_number(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
     return number
 
 
+def file_name(text: str) -> Path:
+    """The type of an option that takes the name of a file."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file is empty")
+    if text == "-":
+        raise argparse.ArgumentTypeError("- is not taken for stdin or stdout; a file of that name is ./-")
+    return Path(text)
+
+
 def seconds(most: int, least: float = 0.1) -> Callable[[str], float]:
     """The type of an option that takes a length of time, from `least` seconds to `most`."""
     return _decimal("a number of seconds", least, most)
@@ -161,8 +183,10 @@ def share(least: float, most: int = 1) -> Callable[[str], float]:
 def _decimal(kind: str, least: float, most: int) -> Callable[[str], float]:
     def decimal(text: str) -> float:
         # Not float() alone: it takes "+1", " 1", "1_0", "nan" and the digits of other scripts.
-        if not (text.isascii() and text.replace(".", "", 1).isdigit() and least <= float(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {kind} from {least} to {most}")
+        digits = text.isascii() and text.replace(".", "", 1).isdigit()
+        if not (digits and least <= float(text) <= most):
+            how = "" if digits else ", written with digits alone, as 0.25"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {kind} from {least} to {most}{how}")
         return float(text)
 
     return decimal

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from ksmd_ctl.cli.common import (
     add_command,
     add_config,
     add_process,
+    handling,
     seconds,
     share,
     write_json,
@@ -38,6 +40,8 @@ _CPU_SHARE: Final = 0.5
 _INTERVAL_SECONDS: Final = 10.0
 # Until all guests of the simulated host are there, and have written.
 _ARRIVED_SECONDS: Final = 40.0
+# SIGHUP is left out: whoever used nohup wants it to go on.
+_INTERRUPTING: Final = (signal.SIGINT, signal.SIGTERM)
 _TELL_SECONDS: Final = 0.2
 
 
@@ -79,7 +83,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         why = "only root may compare the contents of others' memory"
         hint = "run it as root; `ksmd-ctl status` shows without root what is merged and saved now"
         raise Denied("estimating what merging would save", why, hint=hint)
-    with open_host(args.host or "kernel", args.root) as host:
+    with open_host(args.host or "kernel", args.root) as host, handling(_INTERRUPTING, _interrupt):
         look = _simulated if args.host == "engine" else _of_kernel
         document = look(args, host)
     if args.json:
@@ -89,6 +93,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             for piece in wrapped(line, WIDTH, 2):
                 out.write(f"{piece}\n")
     return ExitCode.INTERRUPTED if part(document, "look").get("interrupted") else ExitCode.DONE
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 # -- looking -------------------------------------------------------------------------------------------------------
@@ -154,6 +162,7 @@ def _looked(args: argparse.Namespace, found: Sequence[Process], rules: Rules) ->
 
 def _simulated(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
     from dataclasses import replace
+    from functools import partial
 
     from ksmd_ctl.engine import estimate as engine
     from ksmd_ctl.engine.host import EngineHost
@@ -166,8 +175,10 @@ def _simulated(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
     if not found and (args.unit or args.pid):
         _need_some(args, host)
     looked = _looked(args, found, engine.rules(machine))
-    result = engine.look(machine, found, more=args.all, domain_of=looked.domains)
-    return estimate_document(host.identity, result, replace(looked, interval_seconds=0.0), ())
+    wait = partial(host.advance, args.interval) if args.interval else None
+    result = engine.look(machine, found, more=args.all, domain_of=looked.domains, wait=wait)
+    gone = [one.id.pid for one in found if not engine.running(machine, one)]
+    return estimate_document(host.identity, result, replace(looked, gone=gone), ())
 
 
 def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
@@ -221,10 +232,11 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
             if best is None:
                 raise
             interrupted = True
-    left_out.need(look.read)
+    left_out.need(look.read or look.drawn)
     assert best is not None
     looked = replace(
         looked,
+        interval_seconds=look.interval_seconds,
         seconds=pace.seconds,
         cpu_seconds=pace.cpu_seconds,
         left_out={pid: error.why for pid, error in left_out.errors.items()},

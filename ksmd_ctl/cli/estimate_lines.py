@@ -148,7 +148,7 @@ def _notes(document: Mapping[str, object]) -> Iterator[str]:
 
 
 def _how(look: Mapping[str, object]) -> str:
-    stage, said = text(look, "stage"), []
+    stage, said = text(look, "stage"), list[str]()
     if look.get("interrupted"):
         said.append("interrupted")
     read = ratio_text(number(look, "read_share") or 0.0)
@@ -160,7 +160,7 @@ def _how(look: Mapping[str, object]) -> str:
         share = number(look, "content_share") or 1.0
         said.append("all pages read" + (f", {ratio_text(share)} of contents kept" if share < 1 else ""))
     unchanged = number(look, "unchanged_share")
-    if stage == "read":
+    if stage == "read" and number(look, "processes"):
         said.append("looked at once: pages that change are in these figures")
     elif unchanged is not None and number(look, "interval_seconds"):
         after = seconds_text(number(look, "interval_seconds") or 0.0)

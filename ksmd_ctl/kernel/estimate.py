@@ -80,7 +80,9 @@ class Look:
     :ivar left_out: processes that could not be looked at, and why
     :ivar gone: pids of processes that ended meanwhile
     :ivar pages: pages (mappings) that there are to be read, about
-    :ivar read: how many of these were read
+    :ivar read: how many of these were read by the pass over everything
+    :ivar drawn: how many were read for the sample
+    :ivar interval_seconds: between the two looks at a page; 0 where there was nothing to look at again
     """
 
     def __init__(
@@ -108,8 +110,8 @@ class Look:
         self.left_out = left_out
         self.gone: set[int] = set()
         self.pages = sum(target.pages for target in targets)
-        self.read = 0
-        self._interval = interval_seconds
+        self.read = self.drawn = 0
+        self.interval_seconds = interval_seconds
         self._domain_of = domain_of
         self._more = more
         self._root = root
@@ -227,6 +229,7 @@ class Look:
                 if family and not entry & EXCLUSIVE and not self._once(frame):
                     continue
                 for number in contents.block(address, 1):
+                    self.drawn += 1
                     if number == ZERO:
                         frees = self._split_frees(part.item, frame)
                         for sample in into:
@@ -269,10 +272,17 @@ class Look:
         several = self._kept.several()
         contents = several.contents()
         yield self._told(contents, None)
-        if self._interval:
-            self.pace.wait_until(self.pace.seconds + self._interval)
-            second = SecondLook(self._kept, self.rules.max_page_sharing, self._at, self.pace)
-            yield self._told(contents, second.stability(*several.again(_AGAIN_PAGES), self._zero_rows))
+        if not self.interval_seconds:
+            return
+        again, taken = several.again(_AGAIN_PAGES)
+        if not again and not self._zero_rows:
+            # Nothing would be freed, so nothing of that can change.
+            self.interval_seconds = 0.0
+            yield self._told(contents, Stability())
+            return
+        self.pace.wait_until(self.pace.seconds + self.interval_seconds)
+        second = SecondLook(self._kept, self.rules.max_page_sharing, self._at, self.pace)
+        yield self._told(contents, second.stability(again, taken, self._zero_rows))
 
     def _told(self, contents: KeptContents, stable: Stability | None) -> Estimate:
         mapped = self._mapped

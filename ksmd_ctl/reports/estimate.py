@@ -131,11 +131,11 @@ def ksmd_cost(outcome: Outcome, samples: Sequence[Sample]) -> KsmdCost:
 
     :param samples: of the time that the look took; where ksmd scanned enough then, they say what a page takes it
     """
-    pages = max(1, outcome.items)
+    pages = outcome.items
     merged = min(pages, outcome.pages_sharing + (outcome.pages_shared or 0))
     fourfolds = math.log(max(pages, _LEAST_PAGES) / _LEAST_PAGES, 4)
     unmerged = _UNMERGED_SECONDS + _FOURFOLD_SECONDS * fourfolds
-    each = (merged * _MERGED_SECONDS + (pages - merged) * unmerged) / pages
+    each = (merged * _MERGED_SECONDS + (pages - merged) * unmerged) / pages if pages else unmerged
     measured = _measured(samples)
     scan = outcome.items * (measured or each)
     # Pages of zeroes that come free have no record later, and are read before.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ import pytest
 
 from ksmd_ctl.cli import estimate
 from ksmd_ctl.cli.main import main
-from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.errors import Denied, ExitCode
 from ksmd_ctl.host.estimate import Contents, Estimate, PageKind, Rules, SampledPages, Stability, Stage
 from ksmd_ctl.host.merging import estimate as told
 from ksmd_ctl.host.sample import HostIdentity, HostKind, Sample
 from ksmd_ctl.host.sampling import Bounds
+from ksmd_ctl.kernel.estimate_targets import Target
+from ksmd_ctl.kernel.proc_pid import LeftOut
 from ksmd_ctl.reports.estimate import LookedAt, estimate_document, ksmd_cost
 from tests.cli.test_numa import contract, shape
 from tests.fakes.host import process
@@ -142,6 +144,17 @@ def test_lines() -> None:
     assert "no memory is marked mergeable; --all" in text(nothing)
 
 
+def test_where_nothing_is_marked_it_tells_no_cost() -> None:
+    nothing = told(Contents([], {}), {}, RULES, 0, domain_of=[], stable=Stability())
+    looked = LookedAt([], RULES, 0.5, 0.0, 0.1, 0.05)
+    shown = json.loads(json.dumps(estimate_document(IDENTITY, nothing, looked, ())))
+    assert text(shown).splitlines() == [
+        "0 processes: no memory is marked mergeable; --all looks at memory that is not marked, too",
+        "all pages read, 0.1 s of CPU in 0.1 s",
+    ]
+    assert shown["ksmd"]["first_cpu_seconds"] == shown["ksmd"]["scan_cpu_seconds"] == 0
+
+
 def test_ksmds_cost_is_measured_where_it_runs() -> None:
     (outcome,) = [one for one in found().outcomes if one.merge_across_nodes and not one.use_zero_pages]
     calculated = ksmd_cost(outcome, ())
@@ -174,13 +187,27 @@ def test_ksmds_cost_is_measured_where_it_runs() -> None:
     [
         ["--cpu", "0"], ["--cpu", "1.5"], ["--cpu", "-1"], ["--cpu", "nan"], ["--cpu", "half"], ["--cpu", "\u0660.5"],
         ["--interval", "-1"], ["--interval", "4000"], ["--interval", "1e3"], ["--pid", "0"], ["--pid", "one"],
-        ["--pid", "1", "--unit", "a"], ["--by", "domain"],
+        ["--pid", "1", "--unit", "a"], ["--by", "domain"], ["--unit="], ["--unit", ""], ["--config="],
     ],
 )  # fmt: skip
 def test_what_makes_no_sense(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "--host", "engine", *words]) == ExitCode.USAGE
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--cpu", "1e-3"], "'1e-3' is not a share from 0.001 to 1, written with digits alone, as 0.25"),
+        (["--cpu", "1.5"], "'1.5' is not a share from 0.001 to 1"),
+        (["--interval", "1e3"], "'1e3' is not a number of seconds from 0 to 3600, written with digits alone, as 0.25"),
+        (["--unit="], "argument --unit: the value is empty"),
+    ],
+)
+def test_it_says_what_is_wrong_with_a_value(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--host", "engine", *words]) == ExitCode.USAGE
+    assert capsys.readouterr().err.splitlines()[0].endswith(why)
 
 
 def test_without_root_it_says_what_can_be_seen(
@@ -247,6 +274,54 @@ def test_ctrl_c_prints_the_best_so_far(json_: bool, tmp_path: Path) -> None:
         assert (look["interrupted"], look["stage"]) == (True, "read")
     else:
         assert "interrupted, all pages read" in out
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read others' memory")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("drawn", [256, 0])
+def test_interrupted_in_the_sample_it_prints_the_figures_of_that(
+    number: signal.Signals, drawn: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where one process could not be looked at. Where no other could either, that is the error."""
+    pages = SampledPages(Counter(range(100)), Counter({(number, 0): 1 for number in range(100)}))
+
+    class Look:
+        pages, read, gone, interval_seconds = 4000, 0, frozenset[int](), 10.0
+
+        def __init__(self, *_: object, left_out: LeftOut, **__: object) -> None:
+            self.drawn = drawn
+            left_out.errors[1] = Denied("process 1", "/proc/1/smaps can't be read: EACCES")
+
+        def estimates(self) -> Iterator[Estimate]:
+            yield Estimate(Stage.SAMPLE, 0.1, 1.0, 4000, 0, pages.outcomes(0.1, 4000, RULES))
+            signal.raise_signal(number)
+
+    monkeypatch.setattr("ksmd_ctl.kernel.estimate.Look", Look)
+    targets = [Target(one, 0, ()) for one in PROCESSES]
+    monkeypatch.setattr("ksmd_ctl.kernel.estimate_targets.find_targets", lambda *_, **__: targets)
+    before = signal.getsignal(number)
+    code = main(["estimate", "--all"])
+    out, err = capsys.readouterr()
+    assert signal.getsignal(number) is before
+    if not drawn:
+        assert (code, out) == (ExitCode.DENIED, "")
+        return
+    assert (code, err) == (ExitCode.INTERRUPTED, "")
+    assert out.startswith("merging would save ")
+    assert "1 process could not be looked at: pid 1 (" in out
+    assert "interrupted, from a sample of 10.0 % of all pages" in out
+
+
+def test_time_passes_on_the_simulated_host(capsys: pytest.CaptureFixture[str]) -> None:
+    looks = {}
+    for interval in ("0", "10", "30"):
+        assert main(["estimate", "--host", "engine", "--interval", interval, "--json"]) == 0
+        looks[interval] = json.loads(capsys.readouterr().out)["look"]
+    assert [one["interval_seconds"] for one in looks.values()] == [0, 10, 30]
+    assert [one["stage"] for one in looks.values()] == ["read", "final", "final"]
+    assert looks["0"]["unchanged_share"] is None
+    # Its guests write all the time.
+    assert 1 > looks["10"]["unchanged_share"] > looks["30"]["unchanged_share"] > 0.9
 
 
 def test_the_example_in_the_documents_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ksmd_ctl.engine import estimate as engine
 from ksmd_ctl.engine.host import EngineHost, open_engine_host
 from ksmd_ctl.engine.memory import ZERO_CONTENT, page_content
-from ksmd_ctl.host.estimate import Estimate, Outcome
+from ksmd_ctl.host.estimate import Estimate, Outcome, Stage
 from ksmd_ctl.host.memory import ProcessId
 
 
@@ -85,6 +85,48 @@ def test_what_fork_shares_is_one_page() -> None:
     frames = sum(node.used for node in host.machine.memory.nodes)
     merge(host)
     assert frames - sum(node.used for node in host.machine.memory.nodes) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(contents, min_size=1, max_size=4), st.booleans(), st.data())
+def test_what_changes_between_two_looks_is_left_out(
+    processes: list[list[int]], zero: bool, data: st.DataObject
+) -> None:
+    """Pages that get a content of their own meanwhile: ksmd then reaches what the second look told."""
+    host, found = machine(processes, [number % 2 for number in range(len(processes))])
+    host.machine.store("use_zero_pages", str(int(zero)))
+    places = [(number, page) for number, one in enumerate(processes) for page in range(len(one))]
+    written = data.draw(st.lists(st.sampled_from(places), unique=True))
+    starts = [host.machine.processes[one.pid].mm.vmas[0].start for one in found]
+
+    def write() -> None:
+        for number, page in written:
+            host.store(found[number], starts[number] + page * 4096, [page_content(f"own {number} {page}")])
+
+    chosen = engine.chosen(host.machine, lambda _: True, more=False)
+    told = engine.look(host.machine, chosen, wait=write)
+    assert told.stage is Stage.FINAL
+    frames = sum(node.used for node in host.machine.memory.nodes)
+    merge(host)
+    freed = frames - sum(node.used for node in host.machine.memory.nodes)
+    # Of zeroes that stay mapped it is the share that stays, and the one of them that is kept is not told apart.
+    assert outcome(told, host).freed.found == pytest.approx(freed, abs=1e-6 if zero else 1)
+    assert sum(one.freed for one in told.owners) == pytest.approx(outcome(told, host).freed.found)
+
+
+def test_one_look_says_that_it_was_one() -> None:
+    host, _ = machine([[1], [1]], [0, 0])
+    once = look(host)
+    assert (once.stage, once.stable, outcome(once, host).freed.found) == (Stage.READ, None, 1)
+
+
+def test_a_process_that_ends_between_two_looks_has_no_part() -> None:
+    host, (_, other) = machine([[1, 2, 3, 3], [1, 2]], [0, 0])
+    found = engine.chosen(host.machine, lambda _: True, more=False)
+    told = engine.look(host.machine, found, wait=lambda: host.machine.exit(other.pid))
+    assert [engine.running(host.machine, one) for one in found] == [True, False]
+    assert [round(one.freed, 6) for one in told.owners] == [1, 0]
+    assert (told.pages, outcome(told, host).freed.found) == (4, 1)
 
 
 def test_memory_that_nobody_marked_is_told_apart() -> None:

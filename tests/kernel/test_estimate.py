@@ -162,6 +162,17 @@ def test_what_fork_shares_is_one_page(ksm_host: Path, processes: tuple[RegionPro
         assert Looking(only=pids).all().final.merged_pages == 10
 
 
+def test_where_nothing_would_be_freed_it_does_not_wait(processes: tuple[RegionProcess, RegionProcess]) -> None:
+    """With an interval of a day: of contents that each page has alone, and of nobody's."""
+    one, other = processes
+    mergeable(one, [filled(number) for number in range(1, 11)])
+    for only in ([one.id.pid], [other.id.pid]):
+        found = Looking(only=only, interval_seconds=86400.0).all()
+        assert [told.stage for told in found.told] == [Stage.READ, Stage.FINAL]
+        assert found.look.interval_seconds == 0
+        assert outcome(found.final).freed.found == 0
+
+
 def test_pages_that_change_are_left_out(processes: tuple[RegionProcess, RegionProcess]) -> None:
     one, other = processes
     start = mergeable(one, [filled(number) for number in range(1, 401)])
