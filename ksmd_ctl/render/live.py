@@ -192,8 +192,8 @@ def _tiles(view: View, width: int) -> list[Text]:
     each = max(1, (width + _GAP) // count - _GAP)
     figures, lines = Text(no_wrap=True), Text(no_wrap=True)
     for name, value, points in tiles[:count]:
-        value = _fitted(value, each - len(name) - 1)
-        figure = Text.assemble((f"{name} ", _SOFT), (value, _HEAD))
+        shown = _fitted(value, each - len(name) - 1)
+        figure = Text.assemble((f"{name} ", _SOFT), (shown, _HEAD))
         figure.truncate(each, overflow="ellipsis", pad=True)
         figures.append_text(figure).append(" " * _GAP)
         levels = _ASCII_LEVELS if view.ascii_only else _LEVELS
