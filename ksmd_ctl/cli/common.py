@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn, TextIO, TypeAlias
 
@@ -77,7 +78,11 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError("reading the command line", message, hint=f"{self.prog} --help")
+        hint = f"{self.prog} --help"
+        if message.endswith("expected one argument"):
+            # Of what begins with a minus argparse takes only a number for one.
+            hint = f"a value that begins with - goes after =, as in --option=-1; {hint}"
+        raise UsageError("reading the command line", message, hint=hint)
 
 
 def add_command(
@@ -154,6 +159,15 @@ def whole_number(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def file_name(text: str) -> Path:
+    """The type of an option that takes the name of a file."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file is empty")
+    if text == "-":
+        raise argparse.ArgumentTypeError("- is not taken for stdin or stdout; a file of that name is ./-")
+    return Path(text)
 
 
 def seconds(most: int, least: float = 0.1) -> Callable[[str], float]:

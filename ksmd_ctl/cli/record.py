@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,13 +23,14 @@ from ksmd_ctl.cli.common import (
     add_command,
     add_config,
     add_source,
+    file_name,
     handling,
     seconds,
     share,
     write_json,
 )
 from ksmd_ctl.cli.terminal import ProgressLine
-from ksmd_ctl.errors import Denied, ExitCode, KsmdError, ReadError, Unreadable, UsageError, errno_text
+from ksmd_ctl.errors import Denied, ExitCode, KsmdError, ReadError, Unreadable, Unwritable, UsageError, errno_text
 from ksmd_ctl.figures import bytes_text, plural, seconds_text
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def add_parser(parsers: Parsers) -> None:
         host_help="this machine's kernel, or a simulated host (default: the kernel)",
     )
     add_source(parser)
-    parser.add_argument("-o", dest="output", type=Path, required=True, metavar="FILE", help="the file, a new one")
+    parser.add_argument("-o", dest="output", type=file_name, required=True, metavar="FILE", help="the file, a new one")
     parser.add_argument(
         "--for",
         dest="length",
@@ -84,7 +86,7 @@ def add_parser(parsers: Parsers) -> None:
     )
     parser.add_argument(
         "--key-file",
-        type=Path,
+        type=file_name,
         metavar="FILE",
         help="make digests of contents with the key in FILE and store them, so that recordings can be compared; "
         "it is made if it does not exist. Whoever has it can find out which contents were in memory",
@@ -135,7 +137,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             writer.topology(host.topology())
             mode = _domains(args, writer)
             writer.facts({**_facts(host, args), "domains": mode, "one_in": selection.one_in, "keyed": key is not None})
-            writer.commit()
             with ProgressLine(sys.stderr) as line:
 
                 def tell() -> None:
@@ -143,8 +144,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
                     line.say(f"{seconds_text(recorder.seconds)}, {plural(recorder.looks, 'look')} at pages, {size}")
 
                 recorder.run(lambda: bool(stopped), args.length, args.every, tell)
-            writer.facts({"seconds": recorder.seconds})
-        took, looks = recorder.seconds, recorder.looks
+            took, looks = recorder.seconds, recorder.looks
+            writer.facts({"seconds": took})
     if not looks:
         sys.stderr.write("no look at pages came to its end: record for longer, or with a greater --cpu\n")
     if args.json:
@@ -162,35 +163,52 @@ def read_key(path: Path) -> bytes:
     """The key in a file, which is made if it does not exist.
 
     :raises UsageError: it has not the form of a key, or others may read it
-    :raises Unreadable: it can't be read or made
+    :raises Unreadable: it can't be read
+    :raises Unwritable: it can't be made
     """
+    from ksmd_ctl.host.page_sample import KEY_BYTES
+
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return _stored_key(path)
+    except OSError as error:
+        raise Unwritable.of(f"making the key {path}", path, error) from error
+    key = os.urandom(KEY_BYTES)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(f"{key.hex()}\n")
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise Unwritable.of(f"making the key {path}", path, error) from error
+    return key
+
+
+def _stored_key(path: Path) -> bytes:
     from ksmd_ctl.host.page_sample import KEY_BYTES
     from ksmd_ctl.regularfile import read_regular
 
     what = f"reading the key in {path}"
     try:
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            text = read_regular(path, 1000, follow=True)
-            if path.stat().st_mode & 0o077:
-                hint = f"chmod 600 {path}"
-                raise UsageError(what, "others may read it, or write it", hint=hint) from None
-            key = bytes.fromhex(text.decode("ascii"))
-            if len(key) != KEY_BYTES:
-                raise ValueError(f"is not a key of {KEY_BYTES} bytes") from None
-            return key
-        key = os.urandom(KEY_BYTES)
-        with open(descriptor, "w") as file:
-            file.write(f"{key.hex()}\n")
-        return key
+        mode = path.stat().st_mode
+        # A device may be masked as an empty file.
+        if not stat.S_ISREG(mode):
+            raise ValueError("is not a regular file")
+        key = bytes.fromhex(read_regular(path, 1000, follow=True).decode("ascii"))
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"is not a key of {KEY_BYTES} bytes")
     except ValueError as error:
         hint = "a key is 32 hexadecimal digits; name a file that does not exist, and one is made"
         raise UsageError(
             what, f"it {error}" if str(error).startswith("is") else "it is not a key", hint=hint
         ) from error
     except OSError as error:
-        raise Unreadable(what, errno_text(error.errno or 0), path=str(path), errno=error.errno) from error
+        hint = "name a file that you may read, or one that does not exist, and a key is made"
+        raise Unreadable(what, errno_text(error.errno or 0), hint=hint, path=str(path), errno=error.errno) from error
+    # Only of what is a key: nobody should be told to change the mode of another file.
+    if mode & 0o077:
+        raise UsageError(what, "others may read it, or write it", hint=f"chmod 600 {path}")
+    return key
 
 
 def _sampler(args: argparse.Namespace, host: Host, key: bytes | None) -> tuple[Selection, PageSampler]:

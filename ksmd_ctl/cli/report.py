@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from ksmd_ctl.cli.common import Parsers, add_command, write_json
+from ksmd_ctl.cli.common import PROGRAM, Parsers, add_command, file_name, write_json
 from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, count_or_unknown, table, wrapped
 from ksmd_ctl.errors import ExitCode, Unwritable, UsageError
 from ksmd_ctl.figures import bytes_text, plural, ratio_text, seconds_text
 from ksmd_ctl.render.recording import (
     DOMAIN_TITLES,
     GROUP_TITLES,
+    TITLE_ENDS,
     apart_text,
     domain_cells,
     host_lines,
@@ -27,6 +28,8 @@ _ROWS = 12
 _GROUPS = 10
 _PAIRS = 8
 _EVENTS = 12
+# In so many bytes the title of a page ends.
+_BEGINS_BYTES = 500
 
 _TIMELINE = (
     Column("at", right=True),
@@ -48,8 +51,8 @@ def add_parser(parsers: Parsers) -> None:
 
 def add_recording(parser: argparse.ArgumentParser) -> None:
     """The options of commands that read a recording."""
-    parser.add_argument("recording", type=Path, metavar="FILE", help="a recording (ksmd-ctl record)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write one HTML file with charts")
+    parser.add_argument("recording", type=file_name, metavar="FILE", help="a recording (ksmd-ctl record)")
+    parser.add_argument("--html", type=file_name, metavar="FILE", help="also write one HTML file with charts")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -77,20 +80,29 @@ def show(args: argparse.Namespace, out: TextIO, document: Mapping[str, object], 
 
 
 def write_html(path: Path, recording: Path, page: str) -> None:
-    """Write a page; what is there is replaced, but not the recording.
+    """Write a page; only an earlier page is replaced.
 
-    :raises UsageError: it would replace the recording
+    :raises UsageError: it would replace the recording, or another file
     :raises Unwritable: it can't be written
     """
+    what, hint = f"writing {path}", "name another file after --html"
     if path.exists() and recording.exists() and path.samefile(recording):
-        raise UsageError(f"writing {path}", "that is the recording", hint="name another file after --html")
+        raise UsageError(what, "that is the recording", hint=hint)
     try:
+        if path.is_file() and not _replaceable(path):
+            raise UsageError(what, f"there is another file, which is no page of {PROGRAM}", hint=hint)
         # It names units and programs, as the recording does.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(page)
     except OSError as error:
-        raise Unwritable.of(f"writing {path}", path, error) from error
+        raise Unwritable.of(what, path, error) from error
+
+
+def _replaceable(path: Path) -> bool:
+    with open(path, "rb") as file:
+        begins = file.read(_BEGINS_BYTES)
+    return not begins or TITLE_ENDS.encode() in begins
 
 
 def lines(document: Mapping[str, object]) -> Iterator[str]:

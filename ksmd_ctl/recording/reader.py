@@ -159,6 +159,11 @@ class Recording:
             raise UsageError(self._what, "it is empty", hint=_HINT)
         if not header.startswith(_HEADER):
             raise UsageError(self._what, "it is no recording", hint=_HINT)
+        if len(header) < _HEADER_BYTES:
+            raise self._damaged(f"it is cut off: {len(header)} bytes are there")
+        # By the file itself: another program may hold a lock on it as long as it runs.
+        if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+            raise UsageError(self._what, "it is an SQLite file and no recording", hint=_HINT)
         page = int.from_bytes(header[16:18], "big")
         pages = int.from_bytes(header[28:32], "big")
         whole = pages * (65536 if page == 1 else page)
@@ -188,10 +193,7 @@ class Recording:
         ask = self._database.execute
         ask("PRAGMA trusted_schema = OFF")
         ask("PRAGMA query_only = ON")
-        (application,) = ask("PRAGMA application_id").fetchone()
         (version,) = ask("PRAGMA user_version").fetchone()
-        if application != APPLICATION_ID:
-            raise UsageError(self._what, "it is an SQLite file and no recording", hint=_HINT)
         if version < 1:
             raise self._damaged("it is damaged: it does not say which format it has")
         if version > VERSION:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
@@ -81,7 +82,8 @@ class Recorder:
         # Who wrote knobs last, of which no sample has seen the change yet; and whether somebody has since the last one.
         self._writers: dict[Knob, str] = {}
         self._written = False
-        self._committed = self._began
+        # The first sample is committed at once: without one a file is no recording.
+        self._committed = -math.inf
         self._before: Sample | None = None
         self._steps: LookSteps | None = None
         # Looks may begin from here on, and the next step may be done.
@@ -121,12 +123,12 @@ class Recorder:
         while not self._step(within_seconds=60.0):
             pass
 
-    def pages_until(self, time_seconds: float) -> None:
-        """Look at pages until a time on the host's clock, as far as the CPU share allows; else wait.
+    def pages_until(self, time_seconds: float, stop: Callable[[], bool]) -> None:
+        """Look at pages until a time on the host's clock or a stop, as far as the CPU share allows; else wait.
 
         A knob that changes meanwhile is seen soon: a sample is taken then.
         """
-        while (now := self._host.clock()) < time_seconds:
+        while (now := self._host.clock()) < time_seconds and not stop():
             due = self._look_at if self._steps is None else self._step_at
             if now < due:
                 self._hear(min(due - now, time_seconds - now, _KNOBS_SECONDS))
@@ -184,21 +186,23 @@ class Recorder:
         return process.start_time_ticks / _TICKS - self._offset - self._began
 
     def run(self, stop: Callable[[], bool], for_seconds: float, every_seconds: float, tell: Callable[[], None]) -> None:
-        """Record until somebody stops it or the time is over.
+        """Record until somebody stops it or the time is over; the end has a sample, too.
 
         :param tell: called after each sample
         """
         next_sample = self._began
-        while not stop():
+        ending = False
+        while True:
             before = self._host.clock()
             self.sample()
             tell()
+            if ending:
+                return
             # On a slow host with many processes samples must not take all the time.
             now = self._host.clock()
             next_sample = max(next_sample + every_seconds, now + (now - before))
-            if self.seconds >= for_seconds:
-                return
-            self.pages_until(min(next_sample, self._began + for_seconds))
+            self.pages_until(min(next_sample, self._began + for_seconds), stop)
+            ending = stop() or self.seconds >= for_seconds
 
 
 def _changes(before: Sample | None, sample: Sample) -> list[tuple[Knob, str]]:

@@ -296,7 +296,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, Unwritable):
+        if isinstance(error, Unwritable) or (error is not None and not self._committed):
             self._abandon()
         else:
             self.close()

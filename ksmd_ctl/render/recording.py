@@ -15,6 +15,9 @@ from ksmd_ctl.reports.document import number, part, parts, text
 # So long without a value, in parts of the whole time, and a line is interrupted; but not for less than a minute.
 _HOLE: Final = 1 / 40
 _HOLE_SECONDS: Final = 60.0
+_SUBJECT: Final = "of kernel same-page merging"
+#: What stands in the beginning of each page, and in no other file.
+TITLE_ENDS: Final = f"{_SUBJECT}</title>"
 
 
 def _page(title: str, facts: Sequence[str], sections: Sequence[str]) -> str:
@@ -112,7 +115,7 @@ def recording_page(report: Mapping[str, object]) -> str:
         if text(one, "kind") != "policy"
     ]
     return _page(
-        "Recording of kernel same-page merging",
+        f"Recording {_SUBJECT}",
         facts,
         [
             timeline.chart("Saved", "saved_bytes", bytes_text),
@@ -211,7 +214,7 @@ def replay_page(report: Mapping[str, object]) -> str:
         for one in parts(report, "domains")[:50]
     ]
     return _page(
-        "Replay of a recording of kernel same-page merging",
+        f"Replay of a recording {_SUBJECT}",
         [
             *host_lines(part(report, "recording")),
             f"replayed with {choices_text(report)}, profile {text(report, 'profile')}",

@@ -35,7 +35,7 @@ class RecordedHost:
     """Where and how a recording was made.
 
     :ivar begun: seconds since 1970
-    :ivar seconds: until the last sample
+    :ivar seconds: how long it took; where it did not come to its end, until the last sample
     :ivar complete: it came to its end
     """
 
@@ -193,7 +193,7 @@ def recorded_host(facts: Facts, nodes: tuple[int, ...], samples: Sequence[Sample
         nodes=nodes,
         program=facts.program,
         begun=facts.begun,
-        seconds=samples[-1].time_seconds if samples else 0.0,
+        seconds=facts.seconds if facts.seconds is not None else samples[-1].time_seconds if samples else 0.0,
         complete=facts.seconds is not None,
         one_in=facts.one_in,
         keyed=facts.keyed,

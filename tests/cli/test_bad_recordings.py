@@ -15,6 +15,7 @@ import pytest
 
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.errors import ExitCode
+from ksmd_ctl.history.file import HistoryFile
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.recording.schema import VERSION
 from tests.recording.files import read_all
@@ -93,6 +94,17 @@ def test_a_later_format_another_database_and_no_file(
     assert "there is no such file" in said(capsys, command, tmp_path / "none")[1]
     assert "it is not a regular file" in said(capsys, command, tmp_path)[1]
     assert "it is no recording" in said(capsys, command, Path(sys.executable))[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_history_that_a_service_has_open(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = HistoryFile(tmp_path / "history", 1 << 20)
+    try:
+        code, err = said(capsys, command, tmp_path / "history")
+    finally:
+        history.close()
+    assert code == ExitCode.USAGE
+    assert "it is an SQLite file and no recording" in err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import sqlite3
@@ -18,8 +17,11 @@ import pytest
 
 from ksmd_ctl.cli import record
 from ksmd_ctl.cli.main import main
-from ksmd_ctl.errors import ExitCode, UsageError
+from ksmd_ctl.errors import ExitCode, KsmdError, UsageError
+from ksmd_ctl.figures import seconds_text
 from ksmd_ctl.recording.reader import Recording
+from ksmd_ctl.recording.recorder import Recorder
+from ksmd_ctl.reports.recording import recorded_host
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,40 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
         record.read_key(path)
 
 
+@pytest.mark.parametrize("name", ["null", "zero", "folder", "fifo"])
+def test_what_is_no_file_is_no_key(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    path = Path("/dev") / name if name in ("null", "zero") else tmp_path / name
+    with pytest.raises(UsageError, match="it is not a regular file") as caught:
+        record.read_key(path)
+    assert "chmod" not in caught.value.hint
+
+
+def test_a_file_of_another_kind_is_not_to_be_hidden_from_others(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("mine")
+    path.chmod(0o644)
+    with pytest.raises(UsageError, match="it is not a key") as caught:
+        record.read_key(path)
+    assert "chmod" not in caught.value.hint
+
+
+def test_a_key_that_can_not_be_made_or_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    for name, code in (
+        ("no/key", ExitCode.UNWRITABLE),
+        ("file/key", ExitCode.UNWRITABLE),
+        ("nowhere", ExitCode.DENIED),
+    ):
+        with pytest.raises(KsmdError) as caught:
+            record.read_key(tmp_path / name)
+        assert caught.value.exit_code == code
+        assert caught.value.hint
+    assert sorted(os.listdir(tmp_path)) == ["file", "nowhere"]
+
+
 # -- recording ---------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +162,24 @@ def test_a_file_that_is_there_is_left_alone(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "r").read_text() == "mine"
 
 
+def test_an_error_before_the_first_sample_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r"
+    assert main(words(path, "--for", "0.3", "--config", str(tmp_path / "none"))) == ExitCode.USAGE
+    assert os.listdir(tmp_path) == []
+
+    def fails(_: Recorder) -> None:
+        raise RuntimeError("no sample")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "sample", fails)
+        assert main(words(path, "--for", "0.3")) == ExitCode.CHECK_FAILED
+    assert os.listdir(tmp_path) == []
+    # So that the command can be given again.
+    assert main(words(path, "--for", "0.3")) == ExitCode.DONE
+
+
 def test_without_the_output_nothing_is_done(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["record", "--host", "engine"]) == ExitCode.USAGE
     assert "-o" in capsys.readouterr().err
@@ -158,7 +212,7 @@ def test_only_root_records_the_kernel(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_well(number: signal.Signals, tmp_path: Path) -> None:
     path = tmp_path / "r"
-    command = [sys.executable, "-m", "ksmd_ctl.cli.main", *words(path)]
+    command = [sys.executable, "-m", "ksmd_ctl.cli.main", *words(path, "--every", "3600")]
     # Its parent may have blocked the signal.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -175,4 +229,9 @@ def test_a_signal_ends_it_well(number: signal.Signals, tmp_path: Path) -> None:
     assert out.startswith(f"{path}: ")
     with Recording(path) as recording:
         assert recording.facts.seconds is not None
-        assert recording.facts.seconds < math.inf
+        assert recording.facts.seconds < 60
+        samples = list(recording.samples())
+        assert len(samples) > 1
+        # A report says the same as record.
+        host = recorded_host(recording.facts, recording.nodes(), samples)
+    assert out.startswith(f"{path}: {seconds_text(host.seconds)}, ")

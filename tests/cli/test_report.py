@@ -111,6 +111,50 @@ def test_the_html_file(command: str, path: Path, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("command", ["report", "replay"])
+def test_the_html_file_replaces_an_earlier_page_only(
+    command: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, other, link = tmp_path / "page.html", tmp_path / "other.html", tmp_path / "link.html"
+    page.touch()
+    said(capsys, command, path, "--html", page)
+    said(capsys, "replay", path, "--html", page)
+    other.write_bytes(path.read_bytes())
+    link.symlink_to(other)
+    (tmp_path / "mine.html").write_text("<!DOCTYPE html>\n<title>mine</title>")
+    for name in (other, link, tmp_path / "mine.html"):
+        before = name.read_bytes()
+        assert main([command, str(path), "--html", str(name)]) == ExitCode.USAGE
+        first, second = capsys.readouterr().err.splitlines()
+        assert first == f"ksmd-ctl: writing {name}: there is another file, which is no page of ksmd-ctl"
+        assert second == "hint: name another file after --html"
+        assert name.read_bytes() == before
+    # What is no regular file holds nothing that could be lost.
+    said(capsys, command, path, "--html", "/dev/null")
+
+
+@pytest.mark.parametrize("name", ["", "-"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report", "r", "--html={}"],
+        ["replay", "r", "--html={}"],
+        ["report", "{}"],
+        ["record", "--host", "engine", "-o{}", "--for", "0.1"],
+        ["record", "--host", "engine", "-o", "r", "--for", "0.1", "--key-file={}"],
+    ],
+)
+def test_what_is_no_name_of_a_file(
+    words: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [part for word in words for part in (["-o", name] if word == "-o{}" else [word.format(name)])]
+    assert main(words) == ExitCode.USAGE
+    why = "- is not taken for stdin or stdout; a file of that name is ./-" if name else "the name of a file is empty"
+    assert why in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["report", "replay"])
 def test_a_file_that_is_no_recording(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("x" * 5000)

@@ -79,10 +79,14 @@ def test_it_ends_when_it_is_asked_to(tmp_path: Path) -> None:
     stage, busy = Stage(tmp_path / "r"), Busy(10_000)
     recording = Recorder(stage.host, busy, stage.writer, cpu=1.0)
     stage.host._source, stage.host._offset = time.monotonic, -time.monotonic()
-    answers = iter([False, False, True])
-    recording.run(lambda: next(answers), 3600.0, 0.1, lambda: None)
+    # Long before the next sample.
+    recording.run(lambda: recording.seconds > 0.3, 3600.0, 3600.0, lambda: None)
     assert recording.looks == 0
     stage.end()
+    with Recording(tmp_path / "r") as found:
+        # The last is that of its end.
+        _, last = found.samples()
+        assert 0.3 < last.time_seconds < 60
 
 
 def test_who_wrote_a_knob_and_what_a_service_tells_are_events(tmp_path: Path) -> None:
