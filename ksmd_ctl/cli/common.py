@@ -83,7 +83,11 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError("reading the command line", message, hint=f"{self.prog} --help")
+        hint = f"{self.prog} --help"
+        if message.endswith("expected one argument"):
+            # Of what begins with a minus argparse takes only a number for one.
+            hint = f"a value that begins with - goes after =, as in --option=-1; {hint}"
+        raise UsageError("reading the command line", message, hint=hint)
 
 
 def add_command(

@@ -35,7 +35,7 @@ def add_parser(parsers: Parsers) -> None:
     parser = add_command(parsers, "history", "show what happened: changes by others, transactions, decisions, starts")
     add_source(parser)
     add_config(parser)
-    when = "a length of time (10min, 2h, 1d), or a time ('2026-11-29 12:00', yesterday)"
+    when = "a length of time (10min, 2h, 1d), or a time ('2026-11-29 12:00', yesterday, '12:00 UTC')"
     parser.add_argument("--since", type=moment, metavar="T", help=f"events from then on: {when}")
     parser.add_argument("--until", type=moment, metavar="T", help="events before then")
     parser.add_argument(
@@ -59,6 +59,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if None not in (args.since, args.until) and args.since >= args.until:
         raise UsageError(
             "reading the command line", "--since is not before --until", hint="as in --since 2d --until 1d"
+        )
+    if args.follow and args.until is not None:
+        raise UsageError(
+            "reading the command line", "--follow shows what comes, --until what was", hint="leave out one of both"
         )
     query = Query(args.since, args.until, kinds, args.limit or (_FOLLOW_LIMIT if args.follow else _LIMIT))
     if args.follow:

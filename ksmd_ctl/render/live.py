@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The live view of ``ksmd-ctl watch``: a report and what came before it, as rich's renderables.
 
-Every line is one row: what is too long for it ends in an ellipsis, so that nothing moves while figures change.
+Every line is one row: what is too long for it ends in an ellipsis, so that nothing moves while figures change. No
+figure is cut: a part of it would be another one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -60,6 +61,8 @@ _LINES: Final = ("why", "ksm", "saved", "merged", "scanning")
 _SAID: Final = ("host", "changed", *_LINES)
 _MOST_BAD: Final = 3
 _LABEL: Final = 11
+# The least columns of a figure at the top: "scanned 1,000,000 pages/s".
+_TILE: Final = 24
 # A table of fewer rows says nothing.
 _LEAST_ROWS: Final = 3
 _LEAST_NAME: Final = 12
@@ -69,15 +72,17 @@ _GAP: Final = 2
 def screen(view: View, width: int, height: int) -> RenderableType:
     """All of it, in as many columns and rows as there are."""
     lines = list(summary(view.report)) if view.report else []
-    top = [_title(view, width), *_tiles(view, width), *_summary(lines)][: max(1, height - 1)]
-    # What comes and goes is below, so that the tables stay where they are.
-    bottom = [*_warnings(view, lines), _footer(view)]
-    bottom = bottom[max(0, len(bottom) - (height - len(top))) :]
     nodes, units = _nodes(view.report), _units(view, width)
+    least = min(len(units), _LEAST_ROWS)
+    top = [_title(view, width), *_tiles(view, width)][: max(1, height - 1)]
+    # What comes and goes is below, so that the tables stay where they are.
+    bottom = [*_warnings(view, lines, width), _footer(view, width)]
+    bottom = bottom[-max(1, min(len(bottom), height - len(top) - least)) :][: height - len(top)]
+    top += _summary(lines, width)[: max(0, height - len(top) - len(bottom) - least)]
     room = height - len(top) - len(bottom)
     share = _shares(room, len(nodes), len(units), 1 + max(1, len(view.events)))
     tables = [_table(rows[: share[at]], len(rows), width) for at, rows in enumerate((nodes, units)) if share[at]]
-    events = [_events(view, share[2])] if share[2] else []
+    events = [_events(view, share[2], width)] if share[2] else []
     return Group(*top, *tables, *events, *[Text()] * (room - sum(share)), *bottom)
 
 
@@ -86,7 +91,7 @@ def _shares(room: int, nodes: int, units: int, events: int) -> tuple[int, int, i
 
     Nodes and events may have a third each; where that leaves too little for units, nodes have none.
     """
-    kept = min(events, max(_LEAST_ROWS, room // 3))
+    kept = max(0, min(events, max(_LEAST_ROWS, room // 3), room - min(units, _LEAST_ROWS)))
     some = min(nodes, room // 3)
     if some < min(nodes, _LEAST_ROWS) or room - some - kept < min(units, _LEAST_ROWS):
         some = 0
@@ -100,12 +105,16 @@ def _shares(room: int, nodes: int, units: int, events: int) -> tuple[int, int, i
 def _table(rows: Sequence[Sequence[Text]], count: int, width: int) -> Table:
     """A table of names and numbers.
 
+    The last columns are left out if there is no room for them.
+
     :param rows: titles first; the last row gives way to how many are left out, if any are
     :param count: how many rows there were
     """
     if len(rows) < count:
         rows = [*rows[:-1], [_plain(f"and {count - len(rows) + 1} more", _SOFT), *[Text()] * (len(rows[0]) - 1)]]
     widths = [max(row[at].cell_len for row in rows) for at in range(len(rows[0]))]
+    while len(widths) > 1 and min(widths[0], _LEAST_NAME) + sum(widths[1:]) + _GAP * (len(widths) - 1) > width:
+        widths.pop()
     names = max(1, min(widths[0], width - sum(widths[1:]) - _GAP * (len(widths) - 1)))
     table = Table.grid(padding=(0, _GAP, 0, 0))
     for at in range(len(widths)):
@@ -113,7 +122,7 @@ def _table(rows: Sequence[Sequence[Text]], count: int, width: int) -> Table:
             no_wrap=True, overflow="ellipsis", justify="right" if at else "left", width=widths[at] if at else names
         )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*row[: len(widths)])
     return table
 
 
@@ -123,6 +132,17 @@ def _plain(said: str, style: str = "") -> Text:
     return Text(shown, style, no_wrap=True, overflow="ellipsis")
 
 
+def _fitted(said: str, room: int) -> str:
+    """A text in so many columns; one that is too long ends in an ellipsis, after a word that is no figure."""
+    if cell_len(said) <= room:
+        return said
+    words = said[: len(set_cell_size(said, max(0, room - 1)).rstrip()) + 1].split(" ")[:-1]
+    while words and any(letter.isdigit() for letter in words[-1]):
+        words.pop()
+    # Without a blank it is a name.
+    return f"{' '.join(words)}…" if words else said
+
+
 # -- the top ---------------------------------------------------------------------------------------------------
 
 
@@ -130,31 +150,37 @@ def _title(view: View, width: int) -> Text:
     report = view.report
     host, daemon = part(report, "host"), part(report, "daemon")
     release = text(host, "release", "unknown")
-    title = Text("ksmd-ctl watch", _HEAD, no_wrap=True, overflow="ellipsis")
+    said = [_plain("ksmd-ctl watch", _HEAD)]
     if host.get("simulated"):
-        title.append_text(_plain(f"  SIMULATED (profile {release})", _STYLES[BAD]))
+        said.append(_plain(f"  SIMULATED (profile {release})", _STYLES[BAD]))
     elif host:
-        title.append_text(_plain(f"  kernel {release}"))
+        said.append(_plain(f"  kernel {release}"))
     if daemon:
         phase = text(part(report, "decision"), "phase")
         policy = text(report, "policy", "unknown")
-        title.append_text(_plain(f"  policy {policy}" + (f": {phase}" if phase and phase != policy else "")))
-        title.append_text(_plain(f"  up {seconds_text(number(daemon, 'uptime_seconds') or 0)}", _SOFT))
+        said.append(_plain(f"  policy {policy}" + (f": {phase}" if phase and phase != policy else "")))
+        said.append(_plain(f"  up {seconds_text(number(daemon, 'uptime_seconds') or 0)}", _SOFT))
     clock = _clock(view.now)
+    while len(said) > 1 and sum(one.cell_len for one in said) + 1 + len(clock) > width:
+        said.pop()
+    title = Text.assemble(*said, no_wrap=True, overflow="ellipsis")
     title.truncate(max(0, width - len(clock) - 1), overflow="ellipsis", pad=True)
     return title.append_text(Text(f" {clock}", _SOFT))
 
 
-def _clock(seconds: float) -> str:
+def _clock(seconds: float, now: float | None = None) -> str:
+    """The time of day, after month and day if it is not the day of `now`."""
     try:
-        return datetime.fromtimestamp(seconds).strftime("%H:%M:%S")
+        when = datetime.fromtimestamp(seconds)
+        other_day = now is not None and when.date() != datetime.fromtimestamp(now).date()
+        return when.strftime("%m-%d %H:%M:%S" if other_day else "%H:%M:%S")
     except (OverflowError, OSError, ValueError):
         # A report came over a socket.
         return _UNKNOWN
 
 
 def _tiles(view: View, width: int) -> list[Text]:
-    """Three figures beside each other, and below each how it went."""
+    """Three figures beside each other, or as many as have room, and below each how it went."""
     derived = part(view.report, "derived")
     saving = _shown(saved(view.report), bytes_text)
     tiles = (
@@ -162,10 +188,12 @@ def _tiles(view: View, width: int) -> list[Text]:
         ("scanned", f"{_shown(number(derived, 'pages_scanned_per_second'), count_text)} pages/s", view.trends.speed),
         ("ksmd", f"{_shown(number(derived, 'ksmd_cpu_ratio'), ratio_text)} of a CPU", view.trends.cpu),
     )
-    each = max(1, (width + _GAP) // len(tiles) - _GAP)
+    count = max(1, min(len(tiles), (width + _GAP) // (_TILE + _GAP)))
+    each = max(1, (width + _GAP) // count - _GAP)
     figures, lines = Text(no_wrap=True), Text(no_wrap=True)
-    for name, value, points in tiles:
-        figure = Text.assemble((f"{name} ", _SOFT), (value, _HEAD))
+    for name, value, points in tiles[:count]:
+        shown = _fitted(value, each - len(name) - 1)
+        figure = Text.assemble((f"{name} ", _SOFT), (shown, _HEAD))
         figure.truncate(each, overflow="ellipsis", pad=True)
         figures.append_text(figure).append(" " * _GAP)
         levels = _ASCII_LEVELS if view.ascii_only else _LEVELS
@@ -192,25 +220,25 @@ def _shown(value: int | float | None, show: Callable[[float], str]) -> str:
     return _UNKNOWN if value is None else show(value)
 
 
-def _summary(lines: Sequence[Line]) -> list[Text]:
+def _summary(lines: Sequence[Line], width: int) -> list[Text]:
     """The lines of `status` that say what is merged and done."""
     # Where the policy has a reason, that says whether ksmd works.
     left_out = "ksm" if any(line.label == "why" for line in lines) else ""
-    return [_line(line) for line in lines if line.label in _LINES and line.label != left_out]
+    return [_line(line, width) for line in lines if line.label in _LINES and line.label != left_out]
 
 
-def _warnings(view: View, lines: Sequence[Line]) -> list[Text]:
+def _warnings(view: View, lines: Sequence[Line], width: int) -> list[Text]:
     """The lines of `status` that need attention, and where figures are from if not from the service."""
     # A write that is under way needs nobody's attention, and is over before it is read.
     bad = [line for line in lines if line.tone == BAD and line.label not in _SAID and not line.text.endswith(WRITING)]
     notice = [Line("figures", view.notice, BAD if view.old else "")] if view.notice else []
-    return [_line(line) for line in [*bad[:_MOST_BAD], *notice]]
+    return [_line(line, width) for line in [*bad[:_MOST_BAD], *notice]]
 
 
-def _line(line: Line) -> Text:
+def _line(line: Line, width: int) -> Text:
     return Text.assemble(
         (f"{line.label:{_LABEL - 1}} ", _SOFT),
-        _plain(line.text, _STYLES.get(line.tone, "")),
+        _plain(_fitted(line.text, width - _LABEL), _STYLES.get(line.tone, "")),
         no_wrap=True,
         overflow="ellipsis",
     )
@@ -277,24 +305,27 @@ def _units(view: View, width: int) -> list[list[Text]]:
     return rows
 
 
-def _events(view: View, rows: int) -> Table:
+def _events(view: View, rows: int, width: int) -> Table:
     """What happened, the latest last."""
     table = Table.grid(padding=(0, _GAP, 0, 0), expand=True)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     table.add_row(*_heads("events", ""))
-    for mark, decided in view.events.latest(rows - 1):
+    marks = view.events.latest(rows - 1)
+    times = [_clock(mark.time_seconds, view.now) for mark, _ in marks]
+    room = width - max(map(len, times), default=0) - _GAP
+    for (mark, decided), when in zip(marks, times, strict=True):
         style = _SOFT if decided else _STYLES[BAD] if mark.bad else ""
-        table.add_row(Text(_clock(mark.time_seconds), _SOFT), _plain(mark.text, style))
+        table.add_row(Text(when, _SOFT), _plain(_fitted(mark.text, room), style))
     if not view.events:
         table.add_row(Text("none yet", _SOFT), Text())
     return table
 
 
-def _footer(view: View) -> Text:
+def _footer(view: View, width: int) -> Text:
     looked, verb = ("sharing", " of") if view.sort is Sort.SHARING else ("numa", ", surveyed")
     age = number(part(view.report, looked), "age_seconds")
     said = f"units by {view.sort}" + ("" if age is None else f"{verb} {seconds_text(max(1, round(age)))} ago")
     if view.keys:
         said += "; keys: s saving, c cost, h sharing, q quit"
-    return Text(said, _SOFT, no_wrap=True, overflow="ellipsis")
+    return _plain(_fitted(said, width), _SOFT)

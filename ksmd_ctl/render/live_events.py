@@ -39,12 +39,12 @@ class Events:
     def latest(self, most: int) -> list[tuple[Mark, bool]]:
         """The latest, the oldest of them first, and of each whether it is a decision of the policy.
 
-        :param most: so many at most; half of them are left to others than the policy, where there are so many
+        :param most: so many at most; decisions get what others leave
         """
         others = sorted((*self._others, *self._told), key=lambda mark: mark.time_seconds)
-        decisions = max(most - len(others), most // 2)
-        chosen = [(mark, True) for mark in list(self._decisions)[-decisions:] if decisions]
-        chosen += [(mark, False) for mark in others[-(most - len(chosen)) :] if most > len(chosen)]
+        chosen = [(mark, False) for mark in others[max(0, len(others) - most) :]]
+        decisions = most - len(chosen)
+        chosen += [(mark, True) for mark in list(self._decisions)[-decisions:] if decisions]
         return sorted(chosen, key=lambda found: found[0].time_seconds)
 
     def hear(self, history: Mapping[str, object], *, anew: bool) -> None:
@@ -63,6 +63,9 @@ class Events:
             if text(event, "event") in _OF_SERVICE:
                 said = f"the service {said}"
             mark = Mark(number(event, "time_seconds") or 0.0, said, text(event, "severity") != "info")
+            if decided and self._decisions and self._decisions[-1].text == said:
+                # As after each start of a service with one and the same policy.
+                self._decisions.pop()
             (self._decisions if decided else self._others).append(mark)
 
     def add(self, report: Mapping[str, object], now: float) -> None:

@@ -194,9 +194,26 @@ def test_a_file_that_is_none(run: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("--since", "2h", "--until", "3h"), ("--since", "soon"), ("--kind", "x"), ("--limit", "0"), ("--limit", "2001")],
+    [
+        ("--since", "2h", "--until", "3h"),
+        ("--since", "soon"),
+        ("--follow", "--until", "1h"),
+        ("--follow", "--until", "tomorrow"),
+        ("--kind", "x"),
+        ("--limit", "0"),
+        ("--limit", "2001"),
+    ],
 )
 def test_options_that_can_not_be(run: Any, words: tuple[str, ...]) -> None:
     code, out, err = run(*words)
     assert (code, out) == (ExitCode.USAGE, "")
     assert words[0] in err
+
+
+def test_a_value_that_begins_with_a_minus_goes_after_the_equals_sign(run: Any, tmp_path: Path) -> None:
+    code, _, err = run("--since", "-1h")
+    assert code == ExitCode.USAGE
+    assert "hint: a value that begins with - goes after =" in err
+    with listening(tmp_path / "s", lambda _: reply(history=DOCUMENT)) as requests:
+        assert run("--since=-1h")[0] == ExitCode.DONE
+    assert abs(requests[0]["parameters"]["since_seconds"] - (time.time() - 3600)) < 60

@@ -42,10 +42,17 @@ def test_a_chart_without_values_says_so() -> None:
 
 
 def test_zero_all_the_time_has_a_line() -> None:
-    found = chart("x", [Curve("a", (0.0, 0.0))], (0.0, 1.0), (), AXIS, lambda value: f"{value:g} bytes")
-    assert len(Elements(found).classed("line")) == 1
-    # It has no top.
-    assert "1 byte" not in found
+    assert len(shown(Curve("a", (0.0, 0.0)), times=(0.0, 1.0)).classed("line")) == 1
+
+
+def test_zero_all_the_time_has_no_other_value_in_its_scale() -> None:
+    show = "{:g} bytes".format
+    zero = Elements(chart("x", [Curve("a", (0.0, 0.0))], (0.0, 1.0), (), AXIS, show))
+    assert "0 bytes" in zero.text
+    assert "1 bytes" not in zero.text
+    below = Elements(chart("x", [Curve("a", (-5.0, -5.0))], (0.0, 1.0), (), AXIS, show))
+    assert "0 bytes" in below.text
+    assert "-5 bytes" in below.text
 
 
 def test_lines_are_told_apart() -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -143,6 +145,39 @@ def test_a_report_of_another_form_is_shown_as_far_as_it_can_be(begin: int) -> No
         before, part[key] = part[key], instead
         assert len(drawn(view(report))) == 24
         part[key] = before
+
+
+def test_no_figure_is_cut() -> None:
+    report = example()
+    happened = Events()
+    happened.tell(1000.0, "the last burst merged 1,534,222 pages in 0.125 s, 0.1 s of ksmd's time")
+    words = {word for line in drawn(view(report, happened), 300, 60) for word in line.replace("…", "").split()}
+    for width in range(20, 120):
+        for line in drawn(view(report, happened), width, 60):
+            for word in line.split():
+                if any(letter.isdigit() for letter in word):
+                    assert "…" not in word, (width, line)
+                    assert word in words, (width, line)
+            # Nor is it without its unit.
+            before, cut, _ = line.partition("…")
+            assert not cut or not before[-1:].isdigit(), (width, line)
+
+
+def test_units_are_there_on_a_small_terminal() -> None:
+    lines = drawn(view(example()), 40, 10)
+    assert len(lines) == 10
+    assert row(lines, "web-1").split()[1] == "553.1"
+    assert lines[1].strip() == "saved 960.9 MiB"
+
+
+def test_events_of_another_day_have_the_date() -> None:
+    now = datetime(2026, 11, 30, 0, 10).timestamp()
+    happened = Events()
+    happened.tell(datetime(2026, 11, 29, 23, 59, 58).timestamp(), "yesterday's")
+    happened.tell(datetime(2026, 11, 30, 0, 0, 1).timestamp(), "today's")
+    lines = drawn(dataclasses.replace(view(example(), happened), now=now))
+    assert row(lines, "11-29 23:59:58").split()[2:] == ["yesterday's"]
+    assert row(lines, "00:00:01").split()[1:] == ["today's"]
 
 
 def test_nothing_in_a_name_reaches_the_terminal() -> None:

@@ -51,19 +51,33 @@ def test_a_service_that_answers_again_tells_all_anew() -> None:
     assert texts(events) == ["one", "two", "the service does not answer", "three"]
 
 
-def test_a_policy_that_decides_often_leaves_room_for_others() -> None:
+def test_a_policy_that_decides_often_displaces_no_others() -> None:
     events = Events()
     for second in range(50):
         events.tell(second, f"other {second}")
     hear(events, *(entry(100.0 + number, f"decision {number}", Kind.POLICY) for number in range(30)))
-    assert sum(text.startswith("other") for text in texts(events, 10)) == 5
-    assert sum(text.startswith("decision") for text in texts(events, 10)) == 5
+    assert texts(events, 10) == [f"other {second}" for second in range(40, 50)]
+    assert sum(text.startswith("decision") for text in texts(events, 60)) == 10
     assert len(texts(events, 1)) == 1
     assert texts(events, 0) == []
     few = Events()
     few.tell(1.0, "other")
     hear(few, *(entry(100.0 + number, f"decision {number}", Kind.POLICY) for number in range(30)))
     assert sum(text.startswith("decision") for text in texts(few, 10)) == 9
+
+
+def test_a_decision_that_is_taken_again_at_each_start_is_there_once() -> None:
+    events = Events()
+    for start in (1.0, 11.0, 21.0):
+        hear(events, entry(start, "started", Kind.SERVICE, "started"), entry(start + 1, "rests", Kind.POLICY))
+        hear(events, entry(start + 5, "stopped", Kind.SERVICE, "stopped"))
+    hear(events, entry(30.0, "scans", Kind.POLICY), entry(31.0, "rests", Kind.POLICY))
+    assert [(mark.time_seconds, mark.text) for mark, decided in events.latest(20) if decided] == [
+        (22.0, "rests"),
+        (30.0, "scans"),
+        (31.0, "rests"),
+    ]
+    assert len(events.latest(20)) == 9
 
 
 def test_nonsense_from_a_socket_is_shown_as_nothing_worse() -> None:
