@@ -122,25 +122,23 @@ def _need_some(args: argparse.Namespace, host: Host) -> NoReturn:
     """Nothing that can be merged was found of those that were asked for.
 
     :raises UsageError: there is no such process any more
-    :raises Refused: there is no such unit, or those that were asked for have no memory that can be merged
+    :raises Refused: those that were asked for have no memory that can be merged, or there is no such unit: a unit
+        without processes, or whose processes may not be looked at, can't be told from that
     """
     from ksmd_ctl.host.operation import finish
-    from ksmd_ctl.transactions.migration import named_process, unit_name
+    from ksmd_ctl.transactions.migration import named_process
 
-    what, whose = "estimating what merging would save", f"process {args.pid}"
+    what = "estimating what merging would save"
     hint = "--all looks at memory that nobody has marked, too; `ksmd-ctl processes` names units"
     if args.all:
         hint = "`ksmd-ctl processes --all` shows what memory processes have"
     if args.pid is not None:
         named_process(host, args.pid)
-    else:
-        whose = f"unit {args.unit}"
-        groups = {process.group for process in finish(host.processes()).processes if process.group}
-        if args.unit not in groups and not finish(host.unit_members(unit_name(args.unit))):
-            if groups:
-                hint = f"with mergeable memory there are: {', '.join(sorted(groups)[:8])}"
-            raise Refused(what, f"there is no {whose[:100]}", hint=hint)
-    raise Refused(what, f"{whose[:100]} has no mergeable memory", hint=hint)
+        raise Refused(what, f"process {args.pid} has no mergeable memory", hint=hint)
+    groups = {process.group for process in finish(host.processes()).processes if process.group}
+    if groups and args.unit not in groups:
+        hint = f"with mergeable memory there are: {', '.join(sorted(groups)[:8])}"
+    raise Refused(what, f"no process of unit {args.unit[:100]} has mergeable memory", hint=hint)
 
 
 def _looked(args: argparse.Namespace, found: Sequence[Process], rules: Rules) -> LookedAt:
@@ -149,13 +147,16 @@ def _looked(args: argparse.Namespace, found: Sequence[Process], rules: Rules) ->
     from ksmd_ctl.reports.estimate import LookedAt
 
     only = f"process {args.pid}" if args.pid is not None else f"unit {args.unit}" if args.unit else ""
-    domains = load(args.config).domains
+    config = load(args.config).domains
+    domains = None if config is None else [domain_of(config, process) for process in found]
+    empty = [] if config is None or only else [one.name for one in config.domains if one.name not in (domains or ())]
     return LookedAt(
         found,
         rules,
         args.cpu,
         args.interval,
-        domains=None if domains is None else [domain_of(domains, process) for process in found],
+        domains=domains,
+        empty_domains=empty,
         only=only,
     )
 

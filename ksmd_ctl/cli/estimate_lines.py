@@ -21,7 +21,6 @@ _OUTCOMES: Final = (
     Column("95 % interval"),
 )
 _GROUPS: Final = (
-    Column("group", wraps=True),
     Column("marked", right=True),
     Column("would save", right=True),
     Column("unmarked", right=True),
@@ -105,7 +104,8 @@ def _groups(document: Mapping[str, object], key: str) -> Iterator[str]:
     more = number(document, "unmarked_bytes") is not None
     names = ("marked_bytes", "saved_bytes", "unmarked_bytes", "saved_with_unmarked_bytes")[: None if more else 2]
     rows = [[text(one, "group"), *(bytes_or_unknown(number(one, name)) for name in names)] for one in found[:_LIMIT]]
-    yield from table(_GROUPS[: None if more else 3], rows, WIDTH)
+    head = Column("group" if key == "units" else "process", wraps=True)
+    yield from table((head, *_GROUPS[: None if more else 2]), rows, WIDTH)
     if len(found) > _LIMIT:
         yield f"{plural(len(found) - _LIMIT, 'more', 'more')}; --json has all"
 
@@ -120,6 +120,9 @@ def _domains(document: Mapping[str, object]) -> Iterator[str]:
         yield from table(_DOMAINS, rows, WIDTH)
         apart = sum(number(one, "saved_apart_bytes") or 0 for one in parts(document, "domains"))
         yield f"kept apart from one another, all domains together would save {bytes_text(apart)}"
+    empty = [text(one, "domain") for one in parts(document, "domains") if number(one, "processes") == 0]
+    if empty:
+        yield f"no process that was looked at belongs to {', '.join(empty)} (docs/domains.md)"
 
 
 def _notes(document: Mapping[str, object]) -> Iterator[str]:

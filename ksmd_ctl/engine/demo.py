@@ -93,7 +93,8 @@ class Demo:
     def _start(self, guest: Guest, now: float) -> None:
         node = guest.node % self.machine.memory.nr_node_ids
         pid = self.machine.spawn(guest.name, node)
-        self.machine.processes[pid].unit = f"machine-qemu-{guest.name}.scope"
+        process = self.machine.processes[pid]
+        process.unit, process.machine = f"machine-qemu-{guest.name}.scope", True
         address = self.machine.mmap(pid, guest.pages, node)
         self.machine.madvise(pid, address, guest.pages, mergeable=True)
         system, zero, image = (guest.pages * percent // 100 for percent in (_SYSTEM, _ZERO, _IMAGE))

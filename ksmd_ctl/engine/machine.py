@@ -46,7 +46,10 @@ NS_PER_PAGE: Final = 3_000
 
 @dataclass(slots=True)
 class Process:
-    """A process: its pid, its start in ticks of 10 ms, its memory, and the unit that it belongs to."""
+    """A process: its pid, its start in ticks of 10 ms, its memory, and the unit that it belongs to.
+
+    :ivar machine: it is a virtual machine
+    """
 
     pid: int
     start_time_ticks: int
@@ -54,6 +57,7 @@ class Process:
     mm: Mm
     next_address: int = _FIRST_ADDRESS
     unit: str = ""
+    machine: bool = False
 
 
 # The address from one on that may hold huge pages as another does, for ranges that hold any.

@@ -94,6 +94,7 @@ def describe(machine: Machine, process: Process) -> HostProcess:
         ksm_mapped_pages=len(merged) if features.smart_scan else None,
         sharing_bytes=round(sum(PAGE_SIZE - PAGE_SIZE / page.mapcount for page in merged)),
         resident_nodes=dict(sorted(resident.items())),
+        machine=process.machine,
     )
 
 

@@ -100,7 +100,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """What a chart's SVG holds, and the values at its lower and upper edge."""
+    """What a chart's SVG holds, and the values at its lower and upper edge: both 0 where there is no other value."""
 
     svg: str
     low: float
@@ -111,13 +111,13 @@ def drawing(curves: Sequence[Curve], times: Sequence[float], marks: Sequence[Mar
     """The lines of a chart of `WIDTH` and `HEIGHT`, of which some value has to be known."""
     known = [value for curve in curves for value in curve.known()]
     low, high = min(0.0, *known), max(0.0, *known)
-    if high == low:
-        high = low + 1
+    # Where all is 0 the line is at the lower edge, and the upper one is no value.
+    top = high if high > low else low + 1
     paths = "".join(
-        f'<path class="line {_look(curve, index)}" d="{"".join(_moves(curve, times, axis, low, high))}"/>'
+        f'<path class="line {_look(curve, index)}" d="{"".join(_moves(curve, times, axis, low, top))}"/>'
         for index, curve in enumerate(curves)
     )
-    return Drawing(f"{_grid(low, high)}{_marks(marks, axis)}{paths}", low, high)
+    return Drawing(f"{_grid(low, top)}{_marks(marks, axis)}{paths}", low, high)
 
 
 def chart(
@@ -139,7 +139,7 @@ def chart(
     drawn = drawing(curves, times, marks, axis)
     said = escape(f"{title}: from {show(min(known))} to {show(max(known))}{axis.words}")
     return (
-        f'{heading}<div class="scale"><span>{escape(show(drawn.high))}</span></div>'
+        f'{heading}<div class="scale"><span>{escape(show(drawn.high)) if drawn.high > drawn.low else ""}</span></div>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{said}">'
         f"<title>{said}</title>{drawn.svg}</svg>"
         f'<div class="scale"><span>{escape(show(drawn.low))}</span></div>'

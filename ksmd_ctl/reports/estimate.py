@@ -35,6 +35,7 @@ class LookedAt:
 
     :ivar processes: those that were looked at, in the order of `Estimate.owners`
     :ivar domains: the domain of each, where domains are configured
+    :ivar empty_domains: those that are configured, and to which none of them belongs
     :ivar left_out: why others could not be looked at, by pid
     :ivar gone: pids of those that ended meanwhile
     :ivar only: whose memory was asked for; empty for everybody's
@@ -47,6 +48,7 @@ class LookedAt:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     domains: Sequence[str] | None = None
+    empty_domains: Sequence[str] = ()
     left_out: Mapping[int, str] | None = None
     gone: Sequence[int] = ()
     only: str = ""
@@ -250,4 +252,5 @@ def _domains(found: Estimate, looked: LookedAt, page: int) -> list[Mapping[str, 
         told.append(
             encode_fields(EstimatedDomain(one.group, one.processes, one.marked_bytes, one.saved_bytes, *values))
         )
+    told += [encode_fields(EstimatedDomain(name, *[0] * 6)) for name in looked.empty_domains]
     return told

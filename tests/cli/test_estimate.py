@@ -34,6 +34,7 @@ IDENTITY = HostIdentity(HostKind.KERNEL, "6.12-fake", 4096, "boot-1")
 PROCESSES = [process(pid, f"web-{pid}", 0) for pid in (1, 2)]
 RULES = Rules(256, nodes=2)
 NOTHING_CHANGED = Stability()
+BY = ("unit", "process")
 
 
 def found(share: float = 1.0, *, stable: Stability | None = NOTHING_CHANGED, more: bool = True) -> Estimate:
@@ -131,7 +132,7 @@ def test_where_everything_was_read_and_nobody_has_memory_no_part_is_awaited() ->
 
 def test_lines() -> None:
     shown = json.loads(json.dumps(document(found(), left_out={9: "it keeps its readers waiting"})))
-    for by in ("unit", "process"):
+    for by in BY:
         said = text(shown, by)
         assert "merging would save" in said
         assert "with 200.0 KiB more that nobody has marked mergeable:" in said
@@ -139,6 +140,8 @@ def test_lines() -> None:
         assert "if kept apart" in said
         assert all(len(line) <= 100 for line in said.splitlines() if "ksmd would take" not in line)
     assert "[1]" in text(shown, "process")
+    heads = {by: [line.split()[0] for line in text(shown, by).splitlines() if " marked  " in line] for by in BY}
+    assert heads == {"unit": ["group", "domain"], "process": ["process", "domain"]}
     assert "SIMULATED" not in text(shown)
     nothing = {**shown, "marked_bytes": 0, "outcomes_with_unmarked": None}
     assert "no memory is marked mergeable; --all" in text(nothing)
@@ -225,7 +228,7 @@ def test_without_root_it_says_what_can_be_seen(
 def test_a_unit_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "--host", "engine", "--unit", "web-99"]) == ExitCode.REFUSED
     first, second = capsys.readouterr().err.splitlines()
-    assert "there is no unit web-99" in first
+    assert first.endswith("no process of unit web-99 has mergeable memory")
     assert "web-1" in second
 
 
@@ -322,6 +325,21 @@ def test_time_passes_on_the_simulated_host(capsys: pytest.CaptureFixture[str]) -
     assert looks["0"]["unchanged_share"] is None
     # Its guests write all the time.
     assert 1 > looks["10"]["unchanged_share"] > looks["30"]["unchanged_share"] > 0.9
+
+
+def test_domains_of_the_simulated_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its guests are virtual machines. A domain to which nobody belongs is told."""
+    config = tmp_path / "c.toml"
+    config.write_text('[domains.gold]\nmachines = ["web-*"]\n[domains.silver]\nunits = ["none.service"]\n')
+    words = ["estimate", "--host", "engine", "--config", str(config)]
+    assert main([*words, "--json"]) == 0
+    found = {one["domain"]: one["processes"] for one in json.loads(capsys.readouterr().out)["domains"]}
+    assert (found["gold"], found["silver"], found["db-1"]) == (3, 0, 1)
+    assert main(words) == 0
+    assert "no process that was looked at belongs to silver (docs/domains.md)" in capsys.readouterr().out
+    # Of others nothing was asked.
+    assert main([*words, "--unit", "web-1", "--json"]) == 0
+    assert [one["domain"] for one in json.loads(capsys.readouterr().out)["domains"]] == ["gold"]
 
 
 def test_the_example_in_the_documents_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,16 @@ def test_zero_all_the_time_has_a_line() -> None:
     assert len(shown(Curve("a", (0.0, 0.0)), times=(0.0, 1.0)).classed("line")) == 1
 
 
+def test_zero_all_the_time_has_no_other_value_in_its_scale() -> None:
+    show = "{:g} bytes".format
+    zero = Elements(chart("x", [Curve("a", (0.0, 0.0))], (0.0, 1.0), (), AXIS, show))
+    assert "0 bytes" in zero.text
+    assert "1 bytes" not in zero.text
+    below = Elements(chart("x", [Curve("a", (-5.0, -5.0))], (0.0, 1.0), (), AXIS, show))
+    assert "0 bytes" in below.text
+    assert "-5 bytes" in below.text
+
+
 def test_lines_are_told_apart() -> None:
     curves = [Curve(str(index), (1.0,), dashed=index == 1) for index in range(COLOURS + 1)]
     looks = [line["class"] for line in shown(*curves, times=(0.0,)).classed("line")]
