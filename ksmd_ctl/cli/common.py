@@ -12,11 +12,13 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Any, Final, NoReturn, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeAlias
 
 from ksmd_ctl.errors import ConfigError, KsmdError, UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # argparse has no public name for what add_subparsers() returns.
 Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -172,6 +174,9 @@ def file_name(text: str) -> Path:
         raise argparse.ArgumentTypeError("the name of a file is empty")
     if text == "-":
         raise argparse.ArgumentTypeError("- is not taken for stdin or stdout; a file of that name is ./-")
+    # Only here: whoever asks a service needs none.
+    from pathlib import Path
+
     return Path(text)
 
 
