@@ -53,7 +53,7 @@ def step(function: Callable[[], Any]) -> Callable[[], Any]:
     return function
 
 
-def run(*words: str, timeout: float = 180) -> dict[str, Any]:
+def run(*words: str, timeout: float = 600) -> dict[str, Any]:
     """Run a command: its status and output."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": "cat"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
