@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.guest_tests.unprivileged import unprivileged_service
-from tests.service.running import Service, equal_pages, run_command, until
+from tests.service.running import LIMIT_SECONDS, Service, equal_pages, run_command, until
 
 PAGES = int(os.environ.get("KSMD_CTL_PAGES", "3000"))
 HELD = {"run": "1", "pages_to_scan": "1000", "sleep_millisecs": "20"}
@@ -94,10 +94,10 @@ def test_an_unmerge_and_a_stop_soon_after_it_have_their_names(watched: Watched) 
     me = f"{Path('/proc/self/comm').read_text().strip()} (pid {os.getpid()}"
     for times in range(3):
         with started("sh", "-c", f"echo 2 > {watched.ksm}/run; read wait") as foreign:
-            while (watched.ksm / "run").read_text() != "2\n":
-                pass
             until("the un-merging to be noticed", lambda: watched.drifts() > 2 * times or None)  # noqa: B023
+            limit = time.monotonic() + LIMIT_SECONDS
             while (watched.ksm / "run").read_text() != "1\n":
+                assert time.monotonic() < limit, "the service did not put run back"
                 time.sleep(0.0001)
             (watched.ksm / "run").write_text("0")
             wanted += [("run", f"sh (pid {foreign.pid}"), ("run", me)]

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -31,10 +32,18 @@ def unprivileged_service(configuration: str, log: IO[str] | None = None) -> Iter
 
     :param log: where the service logs to
     """
-    # Where the interpreter is, only root can go; what a guest changes is gone with it.
-    for path in (*Path(sys.executable).resolve().parents, *Path(PROGRAM).parents):
-        if not path.stat().st_mode & 0o001:
-            path.chmod(path.stat().st_mode | 0o555)
+    with ExitStack() as stack:
+        # Where the interpreter or the checkout is, perhaps only root can go.
+        for path in (*Path(sys.executable).resolve().parents, *Path(PROGRAM).parents):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if not mode & 0o001:
+                stack.callback(path.chmod, mode)
+                path.chmod(mode | 0o555)
+        yield stack.enter_context(_running(configuration, log))
+
+
+@contextmanager
+def _running(configuration: str, log: IO[str] | None) -> Iterator[Service]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)

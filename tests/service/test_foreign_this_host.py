@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.guest_tests.foreign import (  # noqa: F401
@@ -14,14 +11,5 @@ from tests.guest_tests.foreign import (  # noqa: F401
     test_whoever_ends_at_once_has_a_pid_at_least,
     watched,
 )
-from tests.service.running import PROGRAM
 
-pytestmark = [
-    pytest.mark.ksm,
-    pytest.mark.skipif(
-        not all(
-            path.stat().st_mode & 0o001 for path in (*Path(sys.executable).resolve().parents, *Path(PROGRAM).parents)
-        ),
-        reason="only some users can start the program where it is",
-    ),
-]
+pytestmark = pytest.mark.ksm
