@@ -93,12 +93,15 @@ def test_an_unmerge_and_a_stop_soon_after_it_have_their_names(watched: Watched) 
     wanted = []
     me = f"{Path('/proc/self/comm').read_text().strip()} (pid {os.getpid()}"
     for times in range(3):
-        with started("sh", "-c", f"echo 2 > {watched.ksm}/run; read wait") as foreign:
+        with started("sh", "-c", f"echo 2 > {watched.ksm}/run; echo done; read wait") as foreign:
             until("the un-merging to be noticed", lambda: watched.drifts() > 2 * times or None)  # noqa: B023
             limit = time.monotonic() + LIMIT_SECONDS
             while (watched.ksm / "run").read_text() != "1\n":
                 assert time.monotonic() < limit, "the service did not put run back"
                 time.sleep(0.0001)
+            # Its write may be told of after the next one's, until it has returned.
+            assert foreign.stdout is not None
+            assert foreign.stdout.readline() == "done\n"
             (watched.ksm / "run").write_text("0")
             wanted += [("run", f"sh (pid {foreign.pid}"), ("run", me)]
             watched.put_back(2 * times + 2)
