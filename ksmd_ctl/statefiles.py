@@ -35,11 +35,6 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 LOCK = "lock"
 
 
-def lock_path(runtime_directory: str, kind: str) -> Path:
-    """Where the lock of a host of this kind is: a service of a simulated host keeps nobody from the real one."""
-    return Path(runtime_directory) / (LOCK if kind == "kernel" else f"{LOCK}-{kind}")
-
-
 class HostLock:
     """Held from its creation until `release`, or until the process ends, however it ends.
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 
 from ksmd_ctl.errors import ExitCode
-from ksmd_ctl.statefiles import LOCK, HostLock
 from tests.fakes.ksmfs import FILES_6_1, FakeKsmFs
 
 # Only where something is broken; nothing waits so long.
@@ -684,13 +683,3 @@ def test_a_history_that_cannot_be_kept_stops_nothing(place: Place) -> None:
     assert "EISDIR" in found["error"]
     assert "the history" in place.end(process)
     assert place.knobs() == FOUND
-
-
-def test_a_simulated_host_keeps_nobody_from_the_real_one(place: Place) -> None:
-    place.configure("policy = 'fixed'\n[knobs]\nrun = 1")
-    simulated = place.start("--host", "engine", "--root", "/")
-    lock = HostLock(place.directory / "run" / LOCK, "somebody who changes the real host")
-    lock.release()
-    code, said = place.refused("--host", "engine", "--root", "/")
-    assert (code, f"ksmd-ctl daemon (pid {simulated.pid}) holds" in said) == (ExitCode.REFUSED, True), said
-    place.end(simulated)
