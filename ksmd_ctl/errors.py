@@ -150,17 +150,20 @@ class Cancelled(TimedOut):
 class HostError(KsmdError):
     """A file or call of the host failed. It has the path (or the call), the value and the errno."""
 
+    #: What to do where nothing else is said.
+    default_hint: ClassVar[str] = ""
+
     def __init__(
         self,
         what: str,
         why: str,
         *,
-        hint: str = "",
+        hint: str | None = None,
         path: str = "",
         value: object = None,
         errno: int | None = None,
     ) -> None:
-        super().__init__(what, why, hint=hint)
+        super().__init__(what, why, hint=self.default_hint if hint is None else hint)
         self.path = path
         self.value = value
         self.errno = errno
@@ -211,14 +214,4 @@ class NotRecorded(HostError):
 class NoSuchProcess(HostError):
     """The process has ended, or its pid belongs to another one now."""
 
-    def __init__(
-        self,
-        what: str,
-        why: str,
-        *,
-        hint: str = "`ksmd-ctl processes` lists those with mergeable memory",
-        path: str = "",
-        value: object = None,
-        errno: int | None = None,
-    ) -> None:
-        super().__init__(what, why, hint=hint, path=path, value=value, errno=errno)
+    default_hint = "`ksmd-ctl processes` lists those with mergeable memory"

@@ -20,6 +20,7 @@ from ksmd_ctl.cli.common import (
     add_config,
     add_process,
     handling,
+    interrupt,
     seconds,
     share,
     write_json,
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         why = "only root may compare the contents of others' memory"
         hint = "run it as root; `ksmd-ctl status` shows without root what is merged and saved now"
         raise Denied("estimating what merging would save", why, hint=hint)
-    with open_host(args.host or "kernel", args.root) as host, handling(_INTERRUPTING, _interrupt):
+    with open_host(args.host or "kernel", args.root) as host, handling(_INTERRUPTING, interrupt):
         look = _simulated if args.host == "engine" else _of_kernel
         document = look(args, host)
     if args.json:
@@ -93,10 +94,6 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             for piece in wrapped(line, WIDTH, 2):
                 out.write(f"{piece}\n")
     return ExitCode.INTERRUPTED if part(document, "look").get("interrupted") else ExitCode.DONE
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 # -- looking -------------------------------------------------------------------------------------------------------

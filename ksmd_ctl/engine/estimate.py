@@ -14,7 +14,7 @@ from ksmd_ctl.engine.survey import processes
 from ksmd_ctl.host.duplicates import NO_LIMIT
 from ksmd_ctl.host.estimate import Contents, Estimate, PageKind, Rules, Stability
 from ksmd_ctl.host.memory import Process
-from ksmd_ctl.host.merging import estimate
+from ksmd_ctl.host.merging import estimate, of_those_left
 from ksmd_ctl.host.sampling import EXACTLY_ALL, Bounds
 
 
@@ -95,14 +95,14 @@ def look(
     zeroes = Counter(contents.pop(ZERO_CONTENT, ()))
     sets = Counter(tuple(sorted(Counter(kinds).items())) for kinds in contents.values())
     now, stable = rules(machine), None
+    counted: Mapping[tuple[int, bool], int] = mapped
     if wait is not None:
         wait()
         there = [running(machine, process) for process in found]
-        mapped = Counter({key: count for key, count in mapped.items() if there[key[0]]})
-        stable = _stability(pages, there, now.max_page_sharing)
+        counted, stable = of_those_left(mapped, _stability(pages, there, now.max_page_sharing), there)
     return estimate(
         Contents(list(numbers), sets, zeroes=zeroes),
-        mapped,
+        counted,
         now,
         len(found),
         more=more,
@@ -149,8 +149,7 @@ def _stability(
                 for owner, _, _ in those:
                     into[owner] += part / count / len(those)
     owners = {owner: min(1.0, after[owner] / part) for owner, part in enumerate(before) if part}
-    gone = {owner: 0.0 for owner, is_there in enumerate(there) if not is_there}
-    return Stability(_exactly(left, whole), zeroes, {**owners, **gone})
+    return Stability(_exactly(left, whole), zeroes, owners)
 
 
 def _freed(pages: Iterable[tuple[bool, Sequence[_Mapping]]], limit: int) -> int:

@@ -9,7 +9,7 @@ leaves ceil(*m* / max_page_sharing) frames if *n* is at least two (mm/ksm.c), an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ksmd_ctl.host.estimate import (
     Contents,
@@ -24,7 +24,7 @@ from ksmd_ctl.host.estimate import (
 )
 from ksmd_ctl.host.sampling import Bounds, scored
 
-__all__ = ["estimate"]
+__all__ = ["estimate", "of_those_left"]
 
 
 @dataclass(slots=True)
@@ -63,6 +63,19 @@ def _cells(pages: _Cell, key: Callable[[PageKind], object]) -> Iterable[_Cell]:
     for one in pages:
         found.setdefault(key(one[0]), []).append(one)
     return found.values()
+
+
+def of_those_left(
+    mapped: Mapping[tuple[int, bool], int], stable: Stability, there: Sequence[bool]
+) -> tuple[Mapping[tuple[int, bool], int], Stability]:
+    """Pages and what of them is as it was, without processes that ended: theirs are not freed, and have no records.
+
+    :param mapped: as of `estimate`
+    :param there: whether each process is
+    """
+    gone = {owner: 0.0 for owner, is_there in enumerate(there) if not is_there}
+    left = {key: count for key, count in mapped.items() if there[key[0]]}
+    return left, replace(stable, owners={**stable.owners, **gone})
 
 
 def estimate(

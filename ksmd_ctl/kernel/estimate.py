@@ -14,7 +14,7 @@ import random
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, groupby
@@ -25,7 +25,7 @@ from ksmd_ctl.errors import NoSuchProcess
 from ksmd_ctl.host.estimate import Contents as KeptContents
 from ksmd_ctl.host.estimate import Estimate, PageKind, Rules, SampledPages, Stability, Stage, narrowed
 from ksmd_ctl.host.memory import Range
-from ksmd_ctl.host.merging import estimate
+from ksmd_ctl.host.merging import estimate, of_those_left
 from ksmd_ctl.host.sampling import Bounds, scored
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.estimate_targets import Files, Part, Target, blocks
@@ -285,13 +285,10 @@ class Look:
         yield self._told(contents, second.stability(again, taken, self._zero_rows))
 
     def _told(self, contents: KeptContents, stable: Stability | None) -> Estimate:
-        mapped = self._mapped
+        mapped: Mapping[tuple[int, bool], int] = self._mapped
         if stable is not None:
-            # Pages of those that ended have changed: they are not freed, and ksmd keeps no record of them.
             there = [target.process.id.pid not in self.gone for target in self.targets]
-            mapped = Counter({key: count for key, count in mapped.items() if there[key[0]]})
-            gone = {owner: 0.0 for owner, is_there in enumerate(there) if not is_there}
-            stable = replace(stable, owners={**stable.owners, **gone})
+            mapped, stable = of_those_left(mapped, stable, there)
         found = estimate(
             contents,
             mapped,

@@ -236,7 +236,6 @@ def membership(
     guest = guest_name(origin.command) if origin.machine else ""
     paths = runtime_paths(origin.cgroup)
     place = next((place for place in map(place_of, paths) if place), None)
-    container = next((_container(one, containers) for one in paths if _container(one, containers)), "")
     # A pod in a container that is a node is of another kubelet's.
     pod = (pods or {}).get(place.uid) if place and not place.node else None
     if pod is not None:
@@ -245,6 +244,7 @@ def membership(
     if place and place.uid:
         otherwise = f"{_place(path, unit, origin)}/pod/{place.uid}" if place.node else f"pod/{place.uid}"
     else:
+        container = next(filter(None, (_container(one, containers) for one in paths)), "")
         otherwise = container or _without_machines(path, unit, origin)
     # A namespace is a DNS label: no underscore in it.
     namespace, under, name = guest.partition("_")
