@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -129,7 +129,8 @@ for page in range(200 * 512):
 def test_huge_pages_with_zeroes_that_are_split_one_by_one(ksm: Ksm, tmp_path: Path) -> None:
     if not splits_free_zeroes():
         pytest.skip("splits free no zeroes here")
-    with program(HALF_ZEROES) as one:
+    # Where khugepaged takes the zero page out of the unstable tree, many huge pages are split in one scan.
+    with khugepaged(scan_sleep_millisecs=3_600_000), program(HALF_ZEROES) as one:
         if huge_bytes(one.pid) < 200 << 21:
             pytest.skip("not all of it could be huge pages")
         ksm.merging()
@@ -336,7 +337,8 @@ def test_smart_scan_keeps_pairs_apart_and_the_advice_brings_them_together(ksm: K
         if ksm["pages_sharing"] > 100:
             pytest.skip(f"it arrived in another scan than it should: {ksm['pages_sharing']} pages merged")
         found = visit(tmp_path, seconds=2)
-        assert found.codes == ["smart-scan"], found
+        # Scanning that often is dear on a busy machine.
+        assert set(found.codes) - {"dear-scanning"} == {"smart-scan"}, found
         assert found["smart-scan"]["severity"] == "loses saving"
         assert found.figure("smart-scan", "identical pages that are not merged") == 1000
         assert "of them refused by the kernel" in str(found["smart-scan"]["evidence"])
@@ -432,22 +434,21 @@ def test_copies_whose_limit_was_reached_once(ksm: Ksm, tmp_path: Path) -> None:
 
 
 @contextmanager
-def quick_khugepaged() -> Iterator[None]:
+def khugepaged(**knobs: int) -> Iterator[None]:
+    """Its knobs, for a time."""
     folder = Path("/sys/kernel/mm/transparent_hugepage/khugepaged")
-    knobs = {
-        "scan_sleep_millisecs": "10",
-        "alloc_sleep_millisecs": "0",
-        "pages_to_scan": "4096",
-        "max_ptes_shared": "256",
-    }
     before = {name: (folder / name).read_text() for name in knobs}
     try:
         for name, value in knobs.items():
-            (folder / name).write_text(value)
+            (folder / name).write_text(f"{value}")
         yield
     finally:
         for name, value in before.items():
             (folder / name).write_text(value)
+
+
+def quick_khugepaged() -> AbstractContextManager[None]:
+    return khugepaged(scan_sleep_millisecs=10, alloc_sleep_millisecs=0, pages_to_scan=4096, max_ptes_shared=256)
 
 
 def test_khugepaged_undoes_it(ksm: Ksm, tmp_path: Path) -> None:
