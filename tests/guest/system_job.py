@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What happens to an installed package, from installing to purging; runs as root inside the guest:
 
-    system_job.py FIRST.deb SECOND.deb FACTS.json
+    system_job.py FIRST.deb SECOND.deb FACTS.json [whole]
 
-It judges nothing: what it found goes to FACTS.json, step by step, and tests/guest/test_system.py judges. A step that
-fails leaves its error there, and the others run all the same. One of them reboots the machine; run anew after that, it
-goes on with the next.
+It judges nothing: what it found goes to FACTS.json, step by step. tests/guest/test_system.py judges, and
+tests/soak/test_system.py those steps that only the whole has, because they take minutes where the guest is emulated.
+A step that fails leaves its error there, and the others run all the same. One of them reboots the machine; run anew
+after that, it goes on with the next.
 """
 
 import contextlib
@@ -45,12 +46,18 @@ GUEST = re.compile(r"ksmd-ctl[.-]guest")
 
 FACTS: dict[str, Any] = {}
 STEPS: list[Callable[[], Any]] = []
+WHOLE = "whole"
 
 
 def step(function: Callable[[], Any]) -> Callable[[], Any]:
     """Have this function run in its turn; what it returns is a fact under its name."""
     STEPS.append(function)
     return function
+
+
+def long_step(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A step that only the whole job has."""
+    return step(function) if WHOLE in sys.argv else function
 
 
 def run(*words: str, timeout: float = 600) -> dict[str, Any]:
@@ -313,7 +320,7 @@ def transaction() -> Any:
 # -- trust domains -----------------------------------------------------------------------------------------
 
 
-@step
+@long_step
 def assigned() -> Any:
     """Two domains on nodes of their own: a service, and a slice with one."""
     (CONFIGURATION / "domains.toml").write_text(
@@ -359,7 +366,7 @@ def control_socket() -> Any:
     run("usermod", "-a", "-G", "ksmd-ctl,operators", "writer")
     path = Path("/etc/ksmd-ctl/conf.d/groups.toml")
     path.write_text('service.socket_write_group = "operators"\n')
-    # For the watchdog's step: as shipped, but for the time that it takes. Here it needs no restart of its own.
+    # As shipped, but for the times that it takes; `as_shipped` takes it back.
     QUICK.parent.mkdir(parents=True)
     QUICK.write_text("[Service]\nWatchdogSec=20\nTimeoutStartSec=300\n")
     run("systemctl", "daemon-reload")
@@ -428,7 +435,7 @@ def restarted(unit: str) -> dict[str, Any]:
     return {"status": done, "pid": main_pid(unit), "mergeable": mergeable(unit)}
 
 
-@step
+@long_step
 def switching() -> Any:
     for unit, command in UNITS.items():
         # What a drop-in runs after the start counts to it.
@@ -458,7 +465,7 @@ def switching() -> Any:
     return found
 
 
-@step
+@long_step
 def started_again() -> Any:
     """What was switched off asks for merging again at its next start: reported, and with `keep` switched off again."""
     found: dict[str, Any] = {"restarted": restarted("web.service")}
@@ -472,7 +479,7 @@ def started_again() -> Any:
     return found
 
 
-@step
+@long_step
 def persisted() -> Any:
     configure_switch("switch.allow = true\n")
     drop_in = Path("/etc/systemd/system/plain.service.d/50-ksmd-ctl-merge.conf")
@@ -602,7 +609,7 @@ def ksmd_knobs(cpus: str) -> Any:
         raise TimeoutError(f"{error}; last: {last}\n{unit_state()}") from error
 
 
-@step
+@long_step
 def scheduling() -> Any:
     found: dict[str, Any] = {"before": ksmd()}
     configure_ksmd("1")
@@ -622,13 +629,16 @@ def scheduling() -> Any:
     return found
 
 
-@step
+@long_step
 def watchdog() -> Any:
-    found = ended(lambda process: os.kill(process, signal.SIGSTOP))
+    return ended(lambda process: os.kill(process, signal.SIGSTOP))
+
+
+@step
+def as_shipped() -> Any:
     QUICK.unlink()
     QUICK.parent.rmdir()
-    run("systemctl", "daemon-reload")
-    return found
+    return run("systemctl", "daemon-reload")
 
 
 @step
@@ -658,19 +668,27 @@ def upgrade() -> Any:
 
 @step
 def stop() -> Any:
-    done = run("systemctl", "stop", UNIT)
-    stopped = knobs()
-    # Cpusets below a root that systemd manages.
+    return {"status": run("systemctl", "stop", UNIT)["status"], "knobs": knobs()}
+
+
+@long_step
+def verified() -> Any:
+    """Cpusets below a root that systemd manages."""
     run("systemctl", "stop", "ksmtuned")
     run("pkill", "-u", "stranger", "-f", "equal_pages.py")
     until("its end", lambda: run("pgrep", "-u", "stranger", "-f", "equal_pages.py")["status"] == 1)
     words = ("ksmd-ctl", "verify", "--random", "2013", "--count", "20", "--domains")
     kept = Path("/sys/fs/cgroup/cgroup.subtree_control").read_text()
-    verified = {mode: run(*words, mode, timeout=600) for mode in ("separate", "across")}
+    found = {mode: run(*words, mode, timeout=600) for mode in ("separate", "across")}
     changed = Path("/sys/fs/cgroup/cgroup.subtree_control").read_text() != kept
     run("systemctl", "start", "ksmtuned")
     tenant()
-    # What `ksmd-ctl verify` leaves where it is killed.
+    return {**found, "controllers_changed": changed}
+
+
+@step
+def after_a_killed_verify() -> Any:
+    stopped = knobs()
     ksmd = int(run("pgrep", "-x", "ksmd")["out"])
     record = {
         "format": 1,
@@ -685,15 +703,8 @@ def stop() -> Any:
     (KSM / PRUNE).write_text("3600000")
     run("systemctl", "start", UNIT)
     until("merging again", lambda: knob("run") == "1")
-    return {
-        "status": done["status"],
-        "knobs": stopped,
-        "verified": verified,
-        "controllers_changed": changed,
-        "again": until("the service", serving),
-        "started": knobs(),
-        "record": VERIFY.exists(),
-    }
+    until("the service", serving)
+    return {"knobs": stopped, "started": knobs(), "record": VERIFY.exists()}
 
 
 @step

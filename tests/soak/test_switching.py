@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Programs that check themselves, switched ten thousand times; and who switches them killed 500 times."""
+"""Programs that check themselves, switched ten thousand times; who switches them killed 500 times; other kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest.inside import run_inside
+from tests.guest.test_kernels import SWITCHED
 from tests.kernel.switched import compiled, in_child, started
 from tests.kernel.test_injection import killed_at_each_step, switched
 
@@ -41,3 +43,10 @@ def test_killed_at_any_moment(tmp_path: Path, mode: tuple[str, ...]) -> None:
             assert target.status("Seccomp") == "2"
         else:
             assert target.end().startswith("0 errors")
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+def test_on_other_kernels(kernel: str) -> None:
+    """6.1 has no prctl for it."""
+    run_inside(kernel, 2, *SWITCHED)
