@@ -228,6 +228,7 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
                     progress.found(best, look.read, look.pages)
         except KeyboardInterrupt:
             if best is None:
+                sys.stderr.write("interrupted before there was a figure; the first one comes within ten seconds\n")
                 raise
             interrupted = True
     left_out.need(look.read or look.drawn)

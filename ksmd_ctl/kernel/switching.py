@@ -42,9 +42,9 @@ from ksmd_ctl.kernel.unshare import AGAIN, ELSEWHERE, GONE, NOT_WRITABLE, STILL,
 # By their numbers on x86-64.
 _PRCTL, _MADVISE = 157, 28
 _PRCTL_TEXT: Final = "prctl(PR_SET_MEMORY_MERGE)"
-# What one call takes out: the kernel looks at a page in about 55 ns (findings F11), so it takes half a millisecond. A
-# signal that comes meanwhile has it begin again.
-_CALL_BYTES: Final = 32 << 20
+# What one call takes out. The kernel looks at a page in about 55 ns (findings F11), but takes 4 to 8 us for one that
+# ksmd has merged again since it was un-merged: 4 ms at most. A signal that comes meanwhile has it begin again.
+_CALL_BYTES: Final = 2 << 20
 # What is un-merged before it is taken out, while ksmd may merge it again. Each time all of smaps is read.
 _GROUP_BYTES, _GROUPS = 1 << 30, 16
 _PASSES: Final = 3
@@ -169,7 +169,7 @@ class _Job:
         if done is not self.request.on and not self.left:
             wrong = _pages((item.start, item.end) for item in after if item.mergeable != self.request.on)
             self.left.append(f"{plural(wrong, 'page')} of address space: mapped or advised meanwhile")
-        how = [f"madvise of {plural(len(self.advised), 'mapping')}"] if self.advised else []
+        how = [f"madvise of {plural(_apart(self.advised), 'mapping')}"] if self.advised else []
         return SwitchResult(
             process=self.request.process,
             on=self.request.on,
@@ -325,6 +325,12 @@ def _groups(parts: Sequence[Part]) -> Iterator[list[Part]]:
 
 def _pages(parts: Iterable[Part]) -> int:
     return sum(end - start for start, end in parts) // PAGE_SIZE
+
+
+def _apart(parts: Iterable[Part]) -> int:
+    """How many there are, where those that follow one another are one."""
+    starts, ends = zip(*parts, strict=True)
+    return len(set(starts) - set(ends))
 
 
 def _pieces(parts: Iterable[Part]) -> list[Part]:

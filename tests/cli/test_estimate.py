@@ -315,6 +315,30 @@ def test_interrupted_in_the_sample_it_prints_the_figures_of_that(
     assert "interrupted, from a sample of 10.0 % of all pages" in out
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read others' memory")
+def test_interrupted_before_there_is_a_figure_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Look:
+        pages, read = 4000, 0
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def estimates(self) -> Iterator[Estimate]:
+            signal.raise_signal(signal.SIGINT)
+            yield from ()
+
+    monkeypatch.setattr("ksmd_ctl.kernel.estimate.Look", Look)
+    targets = [Target(one, 0, ()) for one in PROCESSES]
+    monkeypatch.setattr("ksmd_ctl.kernel.estimate_targets.find_targets", lambda *_, **__: targets)
+    assert main(["estimate", "--all"]) == ExitCode.INTERRUPTED
+    assert capsys.readouterr() == (
+        "",
+        "interrupted before there was a figure; the first one comes within ten seconds\n",
+    )
+
+
 def test_time_passes_on_the_simulated_host(capsys: pytest.CaptureFixture[str]) -> None:
     looks = {}
     for interval in ("0", "10", "30"):

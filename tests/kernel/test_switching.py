@@ -235,12 +235,12 @@ def test_large_memory_is_taken_out_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(switching, "read_counts", lambda *_: KsmCounts())
     found = switched(Switch(own(), False))
     advised = [call for call in kernel.calls if call[0] == _MADVISE]
-    assert max(length for _, _, length, _ in advised) == 32 << 20
+    assert max(length for _, _, length, _ in advised) == 2 << 20
     assert sum(length for _, _, length, _ in advised) == 3000 << 20
     assert {call[3] for call in advised} == {MADV_UNMERGEABLE}
     # prctl comes last: it looks at whatever is mergeable still.
     assert kernel.calls[-1][:3] == (_PRCTL, 67, 0)
-    assert (found.after, found.left) == (False, ())
+    assert (found.how, found.after, found.left) == ("madvise of 1 mapping, prctl(PR_SET_MEMORY_MERGE)", False, ())
 
 
 def test_no_room_leaves_the_memory_mergeable(monkeypatch: pytest.MonkeyPatch) -> None:
