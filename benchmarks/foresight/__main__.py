@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks.policy import guests, traces
+from benchmarks.policy import guests, thp, traces
 from benchmarks.policy.held import Holder
 from benchmarks.policy.host import Alone, Ksm, Unfit, ksm_alone
 from benchmarks.policy.pages import PAGE
@@ -53,6 +53,7 @@ _SCANS_WITHOUT_MORE: Final = 3
 # What is merged in more scans than that is what changes.
 _NEARLY_ALL: Final = 0.99
 _POLL_SECONDS: Final = 0.005
+_SLEEP_MILLISECS: Final = 3_600_000
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ def _look(pids: Sequence[int], zero: bool, share: float) -> _Looked:
         found.append(Figure(one.stage, pace.seconds, *freed))
         if one.stage is Stage.READ:
             once = pace.cpu_seconds
-    return _Looked(tuple(found), ksmd_cost(_outcome(one, rules), ()), once, pace.cpu_seconds, pace.seconds)
+    cost = ksmd_cost(_outcome(one, rules), (), look.page_cpu_seconds)
+    return _Looked(tuple(found), cost, once, pace.cpu_seconds, pace.seconds)
 
 
 def _outcome(one: Estimate, rules: Rules) -> Outcome:
@@ -252,6 +254,9 @@ def _frames(pids: Sequence[int]) -> int:
 def _merge(ksm: Ksm) -> tuple[float, float]:
     """Full scans of every page until these add nothing.
 
+    khugepaged sleeps meanwhile: at any moment it may have made a huge page of merged ones again (`ksmd-ctl doctor`:
+    khugepaged), which the next scans split.
+
     With use_zero_pages = 0 a scan splits a single one of the huge pages with zeroes in which nothing else merges, and
     with 1 all (tests/kernel/test_zero_pages.py). So the last scans are with 1: what is merged already stays so.
 
@@ -259,6 +264,7 @@ def _merge(ksm: Ksm) -> tuple[float, float]:
     """
     for name, value in (("smart_scan", 0), ("pages_to_scan", 100_000), ("sleep_millisecs", 1)):
         ksm.write(name, value)
+    thp.restore({"khugepaged/scan_sleep_millisecs": f"{_SLEEP_MILLISECS}"})
     began, zero = ksm.cpu_seconds(), ksm.read("use_zero_pages")
     ksm.write("run", 1)
     ends = _scan(ksm)

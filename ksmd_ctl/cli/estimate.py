@@ -238,6 +238,7 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
         interval_seconds=look.interval_seconds,
         seconds=pace.seconds,
         cpu_seconds=pace.cpu_seconds,
+        page_cpu_seconds=look.page_cpu_seconds,
         left_out={pid: error.why for pid, error in left_out.errors.items()},
         gone=sorted(look.gone),
         interrupted=interrupted,

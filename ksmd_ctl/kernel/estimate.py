@@ -65,6 +65,8 @@ _TOLD_SHARES: Final = (0.25, 0.5, 0.75)
 _TOLD_PAGES: Final = 1 << 16
 # What has no node (memory that came meanwhile).
 _NO_NODE: Final = -1
+# Of fewer, the clock doesn't tell what one took.
+_ENOUGH_PAGES: Final = 10_000
 #: CPU time for a page, about: only to tell whether all can be read before a first figure is due.
 _PAGE_SECONDS: Final = 5e-6
 # Pages that are looked at again, about; and pages of zeroes at most.
@@ -82,6 +84,7 @@ class Look:
     :ivar pages: pages (mappings) that there are to be read, about
     :ivar read: how many of these were read by the pass over everything
     :ivar drawn: how many were read for the sample
+    :ivar page_cpu_seconds: CPU time that reading a page took in the pass over everything; None for few pages
     :ivar interval_seconds: between the two looks at a page; 0 where there was nothing to look at again
     """
 
@@ -111,6 +114,7 @@ class Look:
         self.gone: set[int] = set()
         self.pages = sum(target.pages for target in targets)
         self.read = self.drawn = 0
+        self.page_cpu_seconds: float | None = None
         self.interval_seconds = interval_seconds
         self._domain_of = domain_of
         self._more = more
@@ -262,6 +266,7 @@ class Look:
         places = [(part, start, count) for part in parts for start, count in blocks(part)]
         self._chance.shuffle(places)
         waiting = [share for share in _TOLD_SHARES if self._sample is not None]
+        used = self.pace.cpu_seconds
         for number, (part, start, count) in enumerate(places):
             self._at(part.owner, partial(self._block, part, start, count))
             self.pace.keep()
@@ -269,6 +274,8 @@ class Look:
             if waiting and number >= waiting[0] * len(places):
                 del waiting[0]
                 yield self._so_far()
+        if self.read >= _ENOUGH_PAGES:
+            self.page_cpu_seconds = (self.pace.cpu_seconds - used) / self.read
         several = self._kept.several()
         contents = several.contents()
         yield self._told(contents, None)

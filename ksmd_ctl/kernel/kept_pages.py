@@ -152,9 +152,8 @@ class KeptPages:
             self._whole.append(Column(kind, numbers, places))
             self._rows += len(numbers) - zeroes
         else:
-            sure = self.sure
-            if len(sure) > 1:
-                for number, count in Counter([number for number in numbers if number in sure]).items():
+            if len(self.sure) > 1:
+                for number, count in Counter(filter(self.sure.__contains__, numbers)).items():
                     if number != ZERO:
                         self.count(number, kind, count)
             self._keep(kind, numbers, range(address, address + len(numbers) * PAGE_SIZE, PAGE_SIZE))
@@ -165,7 +164,8 @@ class KeptPages:
         """Keep those of which the content is kept."""
         into, places = self._columns.setdefault(kind, ([], array("Q")))
         sure, threshold = self.sure, self.threshold
-        low = [index for index, number in enumerate(numbers) if number < threshold and number not in sure]
+        low = [index for index, number in enumerate(numbers) if number < threshold]
+        low = [index for index in low if numbers[index] not in sure]
         into.extend([numbers[index] for index in low])
         places.extend([addresses[index] for index in low])
         self._rows += len(low)
@@ -253,7 +253,7 @@ class KeptPages:
 
         In loops within the interpreter: what is done here for each page costs as much as reading it.
         """
-        several = self._found_several()
+        several = {number for number, pages in self._times(self.share).items() if pages > 1}
         by_kind: dict[int, list[int]] = {}
         for kind, numbers, _ in self.all():
             by_kind.setdefault(kind, []).extend(filter(several.__contains__, numbers))
@@ -269,22 +269,6 @@ class KeptPages:
             for number in found:
                 states[number] = steps[states.get(number, 0)]
         return Several(self, states, sets)
-
-    def _found_several(self) -> set[int]:
-        """The numbers of contents that several pages have and that are not `sure`."""
-        seen: set[int] = set()
-        several: set[int] = set()
-        for _, numbers, _ in self.all():
-            before, again = len(seen), list(filter(seen.__contains__, numbers))
-            several.update(again)
-            seen.update(numbers)
-            if len(seen) - before + len(again) < len(numbers):
-                several.update(number for number, pages in Counter(numbers).items() if pages > 1)
-        for frame in self.shared.values():
-            if frame.pages > 1 or frame.number in seen:
-                several.add(frame.number)
-            seen.add(frame.number)
-        return several - self.sure
 
     def sure_sets(self) -> tuple[Counter[PageSet], Counter[int]]:
         by_number: dict[int, Counter[int]] = {}

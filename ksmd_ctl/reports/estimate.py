@@ -18,7 +18,8 @@ from ksmd_ctl.reports.numa import FORMAT, OTHER, host_document
 
 # What a page takes ksmd, where it doesn't run and can't be measured: the first time (its checksum alone), when it is
 # merged, later where it is merged, and later where it is not, with a thousand pages and more for each fourfold
-# (measured on Linux 6.18 in November 2026: docs/estimate.md).
+# (measured on Linux 6.18 in November 2026: docs/estimate.md), on a machine on which a look needed so long for a page.
+_LOOK_SECONDS: Final = 1.95e-6
 _CHECKSUM_SECONDS: Final = 1.8e-6
 _MERGING_SECONDS: Final = 3.5e-6
 _MERGED_SECONDS: Final = 0.33e-6
@@ -34,6 +35,7 @@ class LookedAt:
     """What an estimate is of.
 
     :ivar processes: those that were looked at, in the order of `Estimate.owners`
+    :ivar page_cpu_seconds: CPU time that reading a page and its contents took; None where that isn't known
     :ivar domains: the domain of each, where domains are configured
     :ivar empty_domains: those that are configured, and to which none of them belongs
     :ivar left_out: why others could not be looked at, by pid
@@ -47,6 +49,7 @@ class LookedAt:
     interval_seconds: float
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    page_cpu_seconds: float | None = None
     domains: Sequence[str] | None = None
     empty_domains: Sequence[str] = ()
     left_out: Mapping[int, str] | None = None
@@ -128,25 +131,27 @@ def _outcome(one: Outcome, rules: Rules, page: int) -> EstimatedOutcome:
     )
 
 
-def ksmd_cost(outcome: Outcome, samples: Sequence[Sample]) -> KsmdCost:
+def ksmd_cost(outcome: Outcome, samples: Sequence[Sample], page_cpu_seconds: float | None = None) -> KsmdCost:
     """What ksmd's CPU time would be, until everything is merged once, and for each full scan of every page later.
 
     :param samples: of the time that the look took; where ksmd scanned enough then, they say what a page takes it
+    :param page_cpu_seconds: of the look: ksmd reads the same pages on the same machine, and is as much slower as it
     """
     pages = outcome.items
+    slower = 1.0 if page_cpu_seconds is None else page_cpu_seconds / _LOOK_SECONDS
     merged = min(pages, outcome.pages_sharing + (outcome.pages_shared or 0))
     fourfolds = math.log(max(pages, _LEAST_PAGES) / _LEAST_PAGES, 4)
     unmerged = _UNMERGED_SECONDS + _FOURFOLD_SECONDS * fourfolds
     each = (merged * _MERGED_SECONDS + (pages - merged) * unmerged) / pages if pages else unmerged
     measured = _measured(samples)
-    scan = outcome.items * (measured or each)
+    scan = outcome.items * (measured or each * slower)
     # Pages of zeroes that come free have no record later, and are read before.
     first = (outcome.items + outcome.zero_pages + outcome.split_zero_pages) * _CHECKSUM_SECONDS
     first += (merged + outcome.zero_pages) * _MERGING_SECONDS + (pages - merged) * unmerged
     return KsmdCost(
-        first_cpu_seconds=max(first, scan),
+        first_cpu_seconds=max(first * slower, scan),
         scan_cpu_seconds=scan,
-        page_cpu_seconds=measured or each,
+        page_cpu_seconds=measured or each * slower,
         measured=measured is not None,
     )
 
@@ -171,6 +176,7 @@ def estimate_document(
     """What merging would save."""
     page, more = identity.page_size_bytes, found.outcomes_with_more
     units = [one.group or OTHER for one in looked.processes]
+    cost = ksmd_cost(current(more or found.outcomes, looked.rules), samples, looked.page_cpu_seconds)
     return {
         "format": FORMAT,
         "host": host_document(identity),
@@ -184,7 +190,7 @@ def estimate_document(
         "processes": [encode_fields(one) for one in _groups(found, looked, page)],
         "units": [encode_fields(one) for one in _groups(found, looked, page, units)],
         "domains": _domains(found, looked, page),
-        "ksmd": encode_fields(ksmd_cost(current(more or found.outcomes, looked.rules), samples)),
+        "ksmd": encode_fields(cost),
     }
 
 

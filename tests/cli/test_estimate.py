@@ -178,6 +178,11 @@ def test_ksmds_cost_is_measured_where_it_runs() -> None:
     samples = [Sample(at, {"pages_scanned": 1_000_000 * at, "ksmd_cpu_seconds": 4.0 * at}, {}) for at in (1.0, 2.0)]
     measured = ksmd_cost(outcome, samples)
     assert (measured.measured, measured.page_cpu_seconds) == (True, 4e-6)
+    # Measured is measured, however slow the look was; what is calculated is as much slower.
+    assert ksmd_cost(outcome, samples, 3.9e-6).scan_cpu_seconds == measured.scan_cpu_seconds
+    slower = ksmd_cost(outcome, (), 3.9e-6)
+    assert slower.page_cpu_seconds == pytest.approx(2 * calculated.page_cpu_seconds)
+    assert slower.first_cpu_seconds == pytest.approx(2 * calculated.first_cpu_seconds)
     few = [Sample(at, {"pages_scanned": 100 * at, "ksmd_cpu_seconds": 4.0 * at}, {}) for at in (1.0, 2.0)]
     assert not ksmd_cost(outcome, few).measured
     # The first pass takes no less than a later one.
@@ -289,7 +294,7 @@ def test_interrupted_in_the_sample_it_prints_the_figures_of_that(
     pages = SampledPages(Counter(range(100)), Counter({(number, 0): 1 for number in range(100)}))
 
     class Look:
-        pages, read, gone, interval_seconds = 4000, 0, frozenset[int](), 10.0
+        pages, read, gone, interval_seconds, page_cpu_seconds = 4000, 0, frozenset[int](), 10.0, None
 
         def __init__(self, *_: object, left_out: LeftOut, **__: object) -> None:
             self.drawn = drawn
