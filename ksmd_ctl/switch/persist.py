@@ -18,6 +18,8 @@ from ksmd_ctl.host.memory import Process
 
 #: The drop-in of a unit, below its folder in /etc/systemd/system.
 DROP_IN: Final = "50-ksmd-ctl-merge.conf"
+#: How long a command of a drop-in may take; as a rule it takes less than a second.
+START_SECONDS: Final = 30
 _PROXMOX: Final = re.compile(r"/qemu\.slice/(\d+)\.scope(?:/|$)", re.ASCII)
 _LIBVIRT: Final = re.compile(r"/machine(?:\.slice)?/(?:machine-)?qemu")
 _BY_ITSELF: Final = "what a program asks for itself later, with madvise, only [switch] keep = true takes back"
@@ -163,8 +165,9 @@ def setting_for(
                 text += (
                     "; without prctl(PR_SET_MEMORY_MERGE), before Linux 6.4, it is only for memory that is there then"
                 )
-            action = f"ExecStartPost=-+/usr/bin/ksmd-ctl merge {'on' if on else 'off'} --pid $MAINPID"
-            return _drop_in(name, text, action)
+            # It counts to the time that the unit has for its start, and failing to start would be the greater harm.
+            command = f"/usr/bin/ksmd-ctl merge {'on' if on else 'off'} --pid $MAINPID"
+            return _drop_in(name, text, f"ExecStartPost=-+/usr/bin/timeout {START_SECONDS} {command}")
         case Starter.OTHER:
             if machine:
                 word = "on" if on else "off"

@@ -197,7 +197,7 @@ def test_persist_prints(run: Run) -> None:
     assert code == 0
     assert "next start In /etc/systemd/system/web.service.d/50-ksmd-ctl-merge.conf: ksmd-ctl switches it" in out
     assert "systemd 252 does not know MemoryKSM=" in out
-    assert out.splitlines()[-1].strip() == "ExecStartPost=-+/usr/bin/ksmd-ctl merge on --pid $MAINPID"
+    assert out.splitlines()[-1].strip() == "ExecStartPost=-+/usr/bin/timeout 30 /usr/bin/ksmd-ctl merge on --pid $MAINPID"
     document = json.loads(run("off", "--vm", "vm-1", "--persist", "--json")[1])
     (setting,) = document["persist"]
     assert (setting["starter"], setting["content"], setting["written"]) == ("other", "-machine mem-merge=off", False)
@@ -213,7 +213,7 @@ def test_persist_writes_a_drop_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert not path.exists()
     code, out, err = run(*words)
     assert (code, err) == (0, "")
-    assert path.read_text() == "[Service]\nExecStartPost=-+/usr/bin/ksmd-ctl merge off --pid $MAINPID\n"
+    assert path.read_text() == "[Service]\nExecStartPost=-+/usr/bin/timeout 30 /usr/bin/ksmd-ctl merge off --pid $MAINPID\n"
     assert path.stat().st_mode & 0o777 == 0o644
     assert "written    /etc/systemd/system/web.service.d/50-ksmd-ctl-merge.conf" in out
     assert script.asked()[-1] == "daemon-reload"

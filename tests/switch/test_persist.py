@@ -74,7 +74,7 @@ def test_units() -> None:
     drop_in = "/etc/systemd/system/a.d/50-ksmd-ctl-merge.conf|[Service]\n"
     assert setting(Starter.SYSTEMD, on=True) == f"{drop_in}MemoryKSM=yes\n"
     assert setting(Starter.SYSTEMD, on=False) == f"{drop_in}MemoryKSM=no\n"
-    post = "ExecStartPost=-+/usr/bin/ksmd-ctl merge"
+    post = "ExecStartPost=-+/usr/bin/timeout 30 /usr/bin/ksmd-ctl merge"
     for state in (MemoryKsm.UNKNOWN, MemoryKsm.FAILS, MemoryKsm.NO_PRCTL):
         assert setting(Starter.SYSTEMD, on=True, state=state) == f"{drop_in}{post} on --pid $MAINPID\n"
         assert setting(Starter.SYSTEMD, on=False, state=state) == f"{drop_in}{post} off --pid $MAINPID\n"
