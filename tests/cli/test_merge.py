@@ -24,6 +24,8 @@ from tests.cli.test_systemctl import Script
 from tests.fakes.host import process
 from tests.fakes.switching import SwitchHost, switched
 
+POST = "ExecStartPost=-+/usr/bin/timeout 30 /usr/bin/ksmd-ctl merge"
+
 
 class Run:
     """Runs the command on a host, with all files in a folder."""
@@ -197,7 +199,7 @@ def test_persist_prints(run: Run) -> None:
     assert code == 0
     assert "next start In /etc/systemd/system/web.service.d/50-ksmd-ctl-merge.conf: ksmd-ctl switches it" in out
     assert "systemd 252 does not know MemoryKSM=" in out
-    assert out.splitlines()[-1].strip() == "ExecStartPost=-+/usr/bin/timeout 30 /usr/bin/ksmd-ctl merge on --pid $MAINPID"
+    assert out.splitlines()[-1].strip() == f"{POST} on --pid $MAINPID"
     document = json.loads(run("off", "--vm", "vm-1", "--persist", "--json")[1])
     (setting,) = document["persist"]
     assert (setting["starter"], setting["content"], setting["written"]) == ("other", "-machine mem-merge=off", False)
@@ -213,7 +215,7 @@ def test_persist_writes_a_drop_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert not path.exists()
     code, out, err = run(*words)
     assert (code, err) == (0, "")
-    assert path.read_text() == "[Service]\nExecStartPost=-+/usr/bin/timeout 30 /usr/bin/ksmd-ctl merge off --pid $MAINPID\n"
+    assert path.read_text() == f"[Service]\n{POST} off --pid $MAINPID\n"
     assert path.stat().st_mode & 0o777 == 0o644
     assert "written    /etc/systemd/system/web.service.d/50-ksmd-ctl-merge.conf" in out
     assert script.asked()[-1] == "daemon-reload"
