@@ -124,7 +124,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         hint = "name two files: the key must not be with the recording"
         raise UsageError(f"recording to {args.output}", "-o and --key-file are one file", hint=hint)
     key = None if args.key_file is None else read_key(args.key_file)
-    with open_host(args.host, args.root) as host, handling(ENDING, lambda number, _: stopped.append(number)):
+    with (
+        open_host(args.host, args.root, merged=True) as host,
+        handling(ENDING, lambda number, _: stopped.append(number)),
+    ):
         _need_root(host)
         need_ksm(host.sample())
         selection, sampler = _sampler(args, host, key)

@@ -141,7 +141,10 @@ def test_the_simulated_host_is_recorded(tmp_path: Path, capsys: pytest.CaptureFi
         )
         assert facts.seconds == pytest.approx(1.2, abs=0.3)
         assert len(list(recording.samples())) >= 3
-        assert [process.name for process in recording.processes()] == ["program 1"]
+        # Its guests are there and merged, so that there is something to see.
+        assert {process.name for process in recording.processes()} == {f"program {at}" for at in range(1, 9)}
+        assert {sample.number("run") for sample in recording.samples()} == {1}
+        assert all(sample.number("pages_sharing") for sample in recording.samples())
 
 
 def test_with_a_key_file_digests_are_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
