@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -125,10 +126,10 @@ def words(path: Path, *more: str) -> list[str]:
 
 def test_the_simulated_host_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r"
-    assert main(words(path, "--for", "1.2", "--every", "0.5", "--anonymous")) == ExitCode.DONE
+    assert main(words(path, "--for", "3.2", "--every", "0.5", "--anonymous")) == ExitCode.DONE
     out, err = capsys.readouterr()
-    assert out.startswith(f"{path}: 1.2")
-    assert "1 look at all pages" in out
+    assert out.startswith(f"{path}: 3.")
+    assert re.search(r"\d looks? at all pages", out)
     assert err == ""
     with Recording(path) as recording:
         facts = recording.facts
@@ -139,7 +140,7 @@ def test_the_simulated_host_is_recorded(tmp_path: Path, capsys: pytest.CaptureFi
             True,
             None,
         )
-        assert facts.seconds == pytest.approx(1.2, abs=0.3)
+        assert facts.seconds == pytest.approx(3.2, abs=0.5)
         assert len(list(recording.samples())) >= 3
         # Its guests are there and merged, so that there is something to see.
         assert {process.name for process in recording.processes()} == {f"program {at}" for at in range(1, 9)}
@@ -148,10 +149,11 @@ def test_the_simulated_host_is_recorded(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_with_a_key_file_digests_are_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--for", "0.3", "--key-file", str(tmp_path / "key"), "--sample", "1:4", "--json")
+    more = ("--for", "3", "--key-file", str(tmp_path / "key"), "--sample", "1:4", "--json")
     assert main(words(tmp_path / "r", *more)) == ExitCode.DONE
     document = json.loads(capsys.readouterr().out)
-    assert (document["one_in"], document["looks"]) == (4, 1)
+    assert document["one_in"] == 4
+    assert document["looks"] >= 1
     key = bytes.fromhex((tmp_path / "key").read_text())
     assert key not in (tmp_path / "r").read_bytes()
     with sqlite3.connect(tmp_path / "r") as database:
