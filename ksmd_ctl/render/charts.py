@@ -46,6 +46,7 @@ svg path{fill:none;vector-effect:non-scaling-stroke;stroke-width:1}
 .c6{color:var(--c6)}.c7{color:var(--c7)}
 table{border-collapse:collapse;width:100%;font-size:.9rem}td,th{padding:.2rem .5rem .2rem 0;vertical-align:top;
 text-align:left;border-top:1px solid var(--rule)}th{color:var(--soft);font-weight:400;border:0}
+.text td{white-space:nowrap;padding-right:1rem}.text td:last-child{width:100%;white-space:normal}
 td:first-child{color:var(--soft)}.right{text-align:right;font-variant-numeric:tabular-nums}
 """
 
@@ -212,10 +213,11 @@ def table(
         shown = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
         return f"<tr{tone}>{shown}</tr>"
 
+    kind = "figures" if right else "text"
     lines = [line(row, "td", ' class="bad"' if index in bad else "") for index, row in enumerate(rows)]
     return (
-        f'<section class="chart"><h2>{escape(title)}</h2><table>{line(head, "th") if head else ""}{"".join(lines)}'
-        "</table></section>"
+        f'<section class="chart"><h2>{escape(title)}</h2><table class="{kind}">{line(head, "th") if head else ""}'
+        f"{''.join(lines)}</table></section>"
     )
 
 
