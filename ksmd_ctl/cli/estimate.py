@@ -26,7 +26,7 @@ from ksmd_ctl.cli.common import (
     write_json,
 )
 from ksmd_ctl.cli.estimate_lines import interval_text, lines
-from ksmd_ctl.cli.terminal import WIDTH, ProgressLine, wrapped
+from ksmd_ctl.cli.terminal import ProgressLine, text_width, wrapped
 from ksmd_ctl.errors import Denied, ExitCode, Refused
 from ksmd_ctl.figures import bytes_text, ratio_text
 from ksmd_ctl.reports.document import part
@@ -86,12 +86,17 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         raise Denied("estimating what merging would save", why, hint=hint)
     with open_host(args.host or "kernel", args.root) as host, handling(_INTERRUPTING, interrupt):
         look = _simulated if args.host == "engine" else _of_kernel
-        document = look(args, host)
+        try:
+            document = look(args, host)
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted before there was a figure\n")
+            raise
     if args.json:
         write_json(document, out)
     else:
-        for line in lines(document, args.by):
-            for piece in wrapped(line, WIDTH, 2):
+        width = text_width(out)
+        for line in lines(document, args.by, width):
+            for piece in wrapped(line, width, 2):
                 out.write(f"{piece}\n")
     return ExitCode.INTERRUPTED if part(document, "look").get("interrupted") else ExitCode.DONE
 
@@ -228,7 +233,6 @@ def _of_kernel(args: argparse.Namespace, host: Host) -> Mapping[str, object]:
                     progress.found(best, look.read, look.pages)
         except KeyboardInterrupt:
             if best is None:
-                sys.stderr.write("interrupted before there was a figure; the first one comes within ten seconds\n")
                 raise
             interrupted = True
     left_out.need(look.read or look.drawn)

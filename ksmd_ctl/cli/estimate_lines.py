@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, table
+from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, more, table
 from ksmd_ctl.figures import bytes_text, plural, ratio_text, rough_seconds, seconds_text
 from ksmd_ctl.reports.document import number, part, parts, text
 
@@ -39,22 +39,23 @@ def interval_text(low: float | None, high: float | None) -> str:
     return "exact" if low == high else f"{bytes_or_unknown(low)} to {bytes_or_unknown(high)}"
 
 
-def lines(document: Mapping[str, object], by: str = "unit") -> Iterator[str]:
+def lines(document: Mapping[str, object], by: str = "unit", width: int = WIDTH) -> Iterator[str]:
     """The lines for people of a document (docs/json.md).
 
     :param by: `unit` or `process`: what is listed
+    :param width: tables are made narrower for it
     """
     if part(document, "host").get("simulated"):
         yield "SIMULATED: these processes are not on this machine"
     yield from _summary(document)
     if number(document, "marked_bytes"):
-        yield from _outcomes(document, "outcomes")
+        yield from _outcomes(document, "outcomes", width)
     if parts(document, "outcomes_with_unmarked"):
         unmarked = bytes_or_unknown(number(document, "unmarked_bytes"))
         yield f"with {unmarked} more that nobody has marked mergeable:"
-        yield from _outcomes(document, "outcomes_with_unmarked")
-    yield from _groups(document, "units" if by == "unit" else "processes")
-    yield from _domains(document)
+        yield from _outcomes(document, "outcomes_with_unmarked", width)
+    yield from _groups(document, "units" if by == "unit" else "processes", width)
+    yield from _domains(document, width)
     yield from _notes(document)
 
 
@@ -82,7 +83,7 @@ def _summary(document: Mapping[str, object]) -> Iterator[str]:
         yield f"{bytes_text(already)} of it is merged already"
 
 
-def _outcomes(document: Mapping[str, object], key: str) -> Iterator[str]:
+def _outcomes(document: Mapping[str, object], key: str, width: int) -> Iterator[str]:
     rows = [
         [
             f"{'now ' if one.get('current') else ''}{number(one, 'merge_across_nodes')}",
@@ -92,32 +93,31 @@ def _outcomes(document: Mapping[str, object], key: str) -> Iterator[str]:
         ]
         for one in parts(document, key)
     ]
-    yield from table(_OUTCOMES, rows, WIDTH)
+    yield from table(_OUTCOMES, rows, width)
 
 
-def _groups(document: Mapping[str, object], key: str) -> Iterator[str]:
+def _groups(document: Mapping[str, object], key: str, width: int) -> Iterator[str]:
     found = parts(document, key)
     if not found:
         if text(part(document, "look"), "stage") in ("sample", "reading"):
             yield "whose part it is, is known once everything was read"
         return
-    more = number(document, "unmarked_bytes") is not None
-    names = ("marked_bytes", "saved_bytes", "unmarked_bytes", "saved_with_unmarked_bytes")[: None if more else 2]
+    unmarked = number(document, "unmarked_bytes") is not None
+    names = ("marked_bytes", "saved_bytes", "unmarked_bytes", "saved_with_unmarked_bytes")[: None if unmarked else 2]
     rows = [[text(one, "group"), *(bytes_or_unknown(number(one, name)) for name in names)] for one in found[:_LIMIT]]
     head = Column("group" if key == "units" else "process", wraps=True)
-    yield from table((head, *_GROUPS[: None if more else 2]), rows, WIDTH)
-    if len(found) > _LIMIT:
-        yield f"{plural(len(found) - _LIMIT, 'more', 'more')}; --json has all"
+    yield from table((head, *_GROUPS[: None if unmarked else 2]), rows, width)
+    yield from more(len(found) - _LIMIT, "unit" if key == "units" else "process")
 
 
-def _domains(document: Mapping[str, object]) -> Iterator[str]:
+def _domains(document: Mapping[str, object], width: int) -> Iterator[str]:
     names = ("marked_bytes", "saved_bytes", "saved_apart_bytes")
     rows = [
         [text(one, "domain"), *(bytes_or_unknown(number(one, name)) for name in names)]
         for one in parts(document, "domains")
     ]
     if rows:
-        yield from table(_DOMAINS, rows, WIDTH)
+        yield from table(_DOMAINS, rows, width)
         apart = sum(number(one, "saved_apart_bytes") or 0 for one in parts(document, "domains"))
         yield f"kept apart from one another, all domains together would save {bytes_text(apart)}"
     empty = [text(one, "domain") for one in parts(document, "domains") if number(one, "processes") == 0]

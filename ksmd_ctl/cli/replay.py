@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, TextIO
 
 from ksmd_ctl.cli.common import ENDING, Parsers, add_command, add_config, handling, interrupt
 from ksmd_ctl.cli.report import add_recording, every, show, write_html
-from ksmd_ctl.cli.terminal import WIDTH, Column, ProgressLine, bytes_or_unknown, count_or_unknown, table
+from ksmd_ctl.cli.terminal import (
+    WIDTH,
+    Column,
+    ProgressLine,
+    bytes_or_unknown,
+    count_or_unknown,
+    more,
+    table,
+    text_width,
+)
 from ksmd_ctl.errors import ExitCode, UsageError, did_you_mean
-from ksmd_ctl.figures import bytes_text, plural, seconds_text
-from ksmd_ctl.render.recording import choices_text, difference_text, host_lines, sampling_text
+from ksmd_ctl.figures import bytes_text, seconds_text
+from ksmd_ctl.render.recording import choices_text, difference_text, host_lines, sampling_text, unseen_text
 from ksmd_ctl.reports.document import number, part, parts, text
 
 if TYPE_CHECKING:
@@ -22,6 +31,8 @@ if TYPE_CHECKING:
     from ksmd_ctl.host.knobs import Knob, KnobValue
 
 _ROWS = 16
+# Of a recording that is shorter, tenths of seconds are told.
+_SHORT_SECONDS = 100.0
 _POLICIES = ("observe", "fixed", "ksmtuned", "kubevirt", "kernel", "adaptive")
 
 _COLUMNS = (
@@ -86,6 +97,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
                 line.at(round(point.recorded.time_seconds), round(player.samples[-1].time_seconds), "seconds")
         except KeyboardInterrupt:
             if not points:
+                sys.stderr.write("interrupted before anything was replayed\n")
                 raise
             stopped = True
         host = recorded_host(recording.facts, recording.nodes(), player.samples)
@@ -107,7 +119,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     document = encode_fields(found)
     if args.html is not None:
         write_html(args.html, args.recording, replay_page(document))
-    show(args, out, document, lines(document))
+    show(args, out, document, lines(document, text_width(out)))
     if stopped:
         replayed, recorded = points[-1].recorded.time_seconds, player.samples[-1].time_seconds
         sys.stderr.write(f"stopped: {seconds_text(replayed)} of {seconds_text(recorded)} were replayed\n")
@@ -175,12 +187,14 @@ def _config(args: argparse.Namespace) -> Config | None:
     return config
 
 
-def lines(document: Mapping[str, object]) -> Iterator[str]:
-    """The lines for people of a replay (docs/json.md)."""
+def lines(document: Mapping[str, object], width: int = WIDTH) -> Iterator[str]:
+    """The lines for people of a replay (docs/json.md); tables are made narrower for the width."""
     yield from host_lines(part(document, "recording"))
     yield f"replayed with {choices_text(document)}, profile {text(document, 'profile')}"
     yield ""
-    yield from table(_COLUMNS, [_row(point) for point in every(parts(document, "timeline"), _ROWS)], WIDTH)
+    points = every(parts(document, "timeline"), _ROWS)
+    digits = 0 if points and (number(points[-1], "seconds") or 0.0) >= _SHORT_SECONDS else 1
+    yield from table(_COLUMNS, [_row(point, digits) for point in points], width)
     yield ""
     for side in ("recorded", "replayed"):
         found = part(document, side)
@@ -189,13 +203,14 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
         spent = "unknown CPU time" if cpu is None else f"{cpu:.2f} s"
         yield f"{side:<10} {mean} saved in the mean, {spent} of ksmd"
     yield f"difference {difference_text(document)} (pages_sharing)"
+    if unseen := unseen_text(document):
+        yield f"note       {unseen}"
     if expected := sampling_text(document):
         yield f"sample     {expected}"
     if domains := parts(document, "domains"):
         yield ""
-        yield from table(_DOMAINS, [_domain(one) for one in domains[:_DOMAINS_SHOWN]], WIDTH)
-        if len(domains) > _DOMAINS_SHOWN:
-            yield f"{plural(len(domains) - _DOMAINS_SHOWN, 'more domain')}; --json has all"
+        yield from table(_DOMAINS, [_domain(one) for one in domains[:_DOMAINS_SHOWN]], width)
+        yield from more(len(domains) - _DOMAINS_SHOWN, "domain")
     refused = document.get("refused")
     for why in refused if isinstance(refused, list | tuple) else ():
         yield f"refused    {why}"
@@ -206,8 +221,8 @@ def _domain(one: Mapping[str, object]) -> list[str]:
     return [text(one, "domain"), count_or_unknown(number(one, "processes")), *figures]
 
 
-def _row(point: Mapping[str, object]) -> list[str]:
-    cells = [f"{number(point, 'seconds') or 0.0:.0f} s"]
+def _row(point: Mapping[str, object], digits: int) -> list[str]:
+    cells = [f"{number(point, 'seconds') or 0.0:.{digits}f} s"]
     for name, show_value in (
         ("pages_shared", count_or_unknown),
         ("pages_sharing", count_or_unknown),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ksmd_ctl.cli.common import PROGRAM, Parsers, add_command, file_name, write_json
-from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, count_or_unknown, table, wrapped
+from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, count_or_unknown, more, table, text_width, wrapped
 from ksmd_ctl.errors import ExitCode, Unwritable, UsageError
 from ksmd_ctl.figures import bytes_text, plural, ratio_text, seconds_text
 from ksmd_ctl.render.recording import (
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         document = encode_fields(recording_report(recording))
     if args.html is not None:
         write_html(args.html, args.recording, recording_page(document))
-    show(args, out, document, lines(document))
+    show(args, out, document, lines(document, text_width(out)))
     return ExitCode.DONE
 
 
@@ -75,7 +75,7 @@ def show(args: argparse.Namespace, out: TextIO, document: Mapping[str, object], 
         write_json(document, out)
         return
     for line in said:
-        for piece in wrapped(line, WIDTH, 2):
+        for piece in wrapped(line, text_width(out), 2):
             out.write(f"{piece}\n")
 
 
@@ -92,7 +92,9 @@ def write_html(path: Path, recording: Path, page: str) -> None:
         if path.is_file() and not _replaceable(path):
             raise UsageError(what, f"there is another file, which is no page of {PROGRAM}", hint=hint)
         # It names units and programs, as the recording does.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        # A FIFO that nobody reads is an error.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        os.set_blocking(descriptor, True)
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(page)
     except OSError as error:
@@ -105,8 +107,8 @@ def _replaceable(path: Path) -> bool:
     return not begins or TITLE_ENDS.encode() in begins
 
 
-def lines(document: Mapping[str, object]) -> Iterator[str]:
-    """The lines for people of a report (docs/json.md)."""
+def lines(document: Mapping[str, object], width: int = WIDTH) -> Iterator[str]:
+    """The lines for people of a report (docs/json.md); tables are made narrower for the width."""
     yield from host_lines(part(document, "recording"))
     contents = part(document, "contents")
     page = number(part(document, "recording"), "page_size_bytes") or 0
@@ -120,7 +122,7 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
         yield "no look at pages came to its end: only counters were recorded"
     yield ""
     points = parts(document, "timeline")
-    yield from table(_TIMELINE, [_row(point) for point in every(points, _ROWS)], WIDTH)
+    yield from table(_TIMELINE, [_row(point) for point in every(points, _ROWS)], width)
     if groups := parts(document, "groups"):
         yield ""
         columns = [Column(title, right=index > 0, wraps=index == 0) for index, title in enumerate(GROUP_TITLES)]
@@ -133,29 +135,29 @@ def lines(document: Mapping[str, object]) -> Iterator[str]:
             ]
             for one in groups[:_GROUPS]
         ]
-        yield from table(columns, rows, WIDTH)
-        yield from _more(len(groups) - _GROUPS, "more group")
+        yield from table(columns, rows, width)
+        yield from more(len(groups) - _GROUPS, "group")
     if domains := parts(document, "domains"):
         yield ""
         columns = [Column(title, right=index > 0, wraps=index == 0) for index, title in enumerate(DOMAIN_TITLES)]
-        yield from table(columns, [domain_cells(one) for one in domains[:_GROUPS]], WIDTH)
-        yield from _more(len(domains) - _GROUPS, "more domain")
+        yield from table(columns, [domain_cells(one) for one in domains[:_GROUPS]], width)
+        yield from more(len(domains) - _GROUPS, "domain")
         yield apart_text(document)
     if pairs := parts(document, "pairs"):
         yield ""
         columns = [Column("one", wraps=True), Column("other", wraps=True), Column("contents in common", right=True)]
         rows = [[*pair_names(pair), bytes_or_unknown(number(pair, "common_bytes"))] for pair in pairs[:_PAIRS]]
-        yield from table(columns, rows, WIDTH)
-        yield from _more(len(pairs) - _PAIRS, "more pair")
+        yield from table(columns, rows, width)
+        yield from more(len(pairs) - _PAIRS, "pair")
     if events := parts(document, "events"):
         yield ""
         # What a policy decides every few seconds would hide all else.
         rare = [event for event in events if text(event, "kind") != "policy"]
-        for event in rare[:_EVENTS]:
+        for event in rare[-_EVENTS:]:
             kind = f"{text(event, 'kind')}: " if event.get("service") else ""
             yield f"{seconds_text(number(event, 'seconds') or 0.0):>10}  {kind}{text(event, 'text')}"
-        left = len(events) - len(rare[:_EVENTS])
-        yield from _more(left + int(number(document, "events_left_out") or 0), "more event")
+        left = len(events) - len(rare[-_EVENTS:])
+        yield from more(left + int(number(document, "events_left_out") or 0), "event")
 
 
 def every(points: list[Mapping[str, object]], most: int) -> list[Mapping[str, object]]:
@@ -176,8 +178,3 @@ def _row(point: Mapping[str, object]) -> list[str]:
         count_or_unknown(None if (rate := number(point, "pages_scanned_per_second")) is None else round(rate)),
         "?" if ratio is None else ratio_text(ratio),
     ]
-
-
-def _more(count: int, what: str) -> Iterator[str]:
-    if count > 0:
-        yield plural(count, what)

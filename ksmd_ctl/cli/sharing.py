@@ -10,7 +10,7 @@ from typing import TextIO
 
 from ksmd_ctl.cli.common import Parsers, add_command, add_config, add_source, seconds, whole_number
 from ksmd_ctl.cli.source import show
-from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, count_or_unknown, table
+from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, count_or_unknown, more, table
 from ksmd_ctl.figures import bytes_text, plural, ratio_text, seconds_text
 from ksmd_ctl.reports.document import number, part, parts, text
 
@@ -104,7 +104,7 @@ def lines(document: Mapping[str, object], limit: int = _LIMIT) -> Iterator[str]:
         return
     forked, complete = any(number(one, "forked_bytes") for one in groups), part(document, "look").get("complete")
     yield from table(_GROUPS[: None if forked else -1], [_group(one, forked) for one in groups[:limit]], WIDTH)
-    yield from _more(len(groups) - limit, "group")
+    yield from more(len(groups) - limit, "group")
     if not pairs:
         yield f"no {'two of them share a frame' if complete else 'frame was found that two of them share'}"
     elif len(groups) <= _MATRIX and complete:
@@ -113,13 +113,8 @@ def lines(document: Mapping[str, object], limit: int = _LIMIT) -> Iterator[str]:
     else:
         forked = any(number(pair, "forked_frames") for pair in pairs)
         yield from table(_PAIRS[: None if forked else -1], [_pair(one, forked) for one in pairs[:limit]], WIDTH)
-        yield from _more(len(pairs) - limit + int(number(document, "pairs_left_out") or 0), "pair")
+        yield from more(len(pairs) - limit + int(number(document, "pairs_left_out") or 0), "pair")
     yield from _notes(part(document, "look"))
-
-
-def _more(count: int, what: str) -> Iterator[str]:
-    if count > 0:
-        yield f"{plural(count, f'more {what}', f'more {what}s')}"
 
 
 def _group(group: Mapping[str, object], forked: bool) -> list[str]:

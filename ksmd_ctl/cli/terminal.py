@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TextIO
 
-from ksmd_ctl.figures import bytes_text, count_text, ranges_text, ratio_text
+from ksmd_ctl.figures import bytes_text, count_text, plural, ranges_text, ratio_text
 from ksmd_ctl.render.summary import BAD, GOOD, Line
 from ksmd_ctl.reports.document import number, text
 
@@ -46,6 +46,11 @@ def write_lines(
         colour = _COLOURS.get(line.tone, "") if coloured else ""
         for piece in wrapped(str(line), width, line.indent):
             out.write(f"{colour}{piece}{_RESET if colour else ''}\n")
+
+
+def text_width(out: TextIO, environ: Mapping[str, str] = os.environ) -> int:
+    """The width of a text for people: the terminal's, `WIDTH` at most."""
+    return max(_LEAST_WIDTH, min(WIDTH, _width(out, environ) or WIDTH))
 
 
 def _is_terminal(out: TextIO) -> bool:
@@ -180,6 +185,12 @@ def _parts(cell: str, width: int) -> list[str]:
         found.append(cell[:cut].rstrip())
         cell = cell[cut:].lstrip()
     return [*found, cell]
+
+
+def more(count: int, what: str) -> Iterator[str]:
+    """That there are so many more, if there are."""
+    if count > 0:
+        yield f"{plural(count, f'more {what}')}; --json has more"
 
 
 def count_or_unknown(value: int | float | None) -> str:

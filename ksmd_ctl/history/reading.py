@@ -69,10 +69,12 @@ def _read(path: Path, suffix: str) -> bytes | None:
         if suffix:
             return None
         raise Absent("reading the history", f"{path}: there is none", path=str(path)) from error
-    except (OSError, ValueError) as error:
-        why = errno_text(error.errno or 0) if isinstance(error, OSError) else str(error)
+    except OSError as error:
         hint = "run as root, or ask the service: systemctl start ksmd-ctl"
-        raise Unreadable("reading the history", f"{path}: {why}", hint=hint, path=str(path)) from error
+        why = f"{path}: {errno_text(error.errno or 0)}"
+        raise Unreadable("reading the history", why, hint=hint, path=str(path)) from error
+    except ValueError as error:
+        raise history_error(Unparsable, "reading", path, f"it {error}") from error
 
 
 def beside(path: Path, suffix: str) -> Path:

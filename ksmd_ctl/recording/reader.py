@@ -30,6 +30,8 @@ _MOST_SECONDS: Final = 3.2e10
 # More than any host counts.
 _MOST_COUNT: Final = 1 << 60
 _MOST_NODES: Final = 1 << 10
+# Pages of the kernel's architectures.
+_LEAST_PAGE, _MOST_PAGE = 1 << 12, 1 << 18
 _HINT: Final = "ksmd-ctl record makes one"
 
 
@@ -134,7 +136,7 @@ class Recording:
         self._path = path
         self._what = f"reading {path}"
         self._journal = Path(f"{path}-journal")
-        self._known: dict[str, set[int]] = {"process": set(), "look": set()}
+        self._known: dict[str, set[int]] = {"process": set(), "look": set(), "content": set()}
         self._check_file()
         # Not immutable: it may still be written. What an unclean end left half done, SQLite has to take back.
         mode = "rw" if self._journal.exists() and os.access(path, os.W_OK) else "ro"
@@ -261,7 +263,12 @@ class Recording:
             service=fact("service", dict, type(None)),
             domains=fact("domains", str, type(None)),
         )
-        ranges = 1 <= facts.one_in <= MOST_ONE_IN, facts.page_size_bytes > 0, abs(facts.begun) < _MOST_SECONDS
+        page = facts.page_size_bytes
+        ranges = (
+            1 <= facts.one_in <= MOST_ONE_IN,
+            _LEAST_PAGE <= page <= _MOST_PAGE and page & (page - 1) == 0,
+            abs(facts.begun) < _MOST_SECONDS,
+        )
         if not (all(ranges) and 0 <= (facts.seconds or 0.0) < _MOST_SECONDS):
             raise self._damaged("it is damaged: a fact is out of its range")
         said = [facts.program, facts.kind, facts.release, facts.profile, facts.domains or ""]
@@ -359,7 +366,8 @@ class Recording:
         statement = "SELECT look, process, page, content, node, frame FROM page ORDER BY look, rowid"
         for row in self._rows(statement, int, int, int, (int, type(None)), int, int, signed=5):
             found = PageChange(*row)
-            self._check_known(found.process, found.look)
+            # The zero page's is 0 and has no row; NULL is none.
+            self._check_known(found.process, found.look, found.content or None)
             yield found
 
     def events(self) -> tuple[RecordedEvent, ...]:
@@ -370,11 +378,11 @@ class Recording:
         rows = self._rows(statement, float, str, str, int, signed=0)
         return tuple(RecordedEvent(seconds, kind, text, bool(service)) for seconds, kind, text, service in rows)
 
-    def _check_known(self, process: int, look: int | None = None) -> None:
+    def _check_known(self, process: int, look: int | None = None, content: int | None = None) -> None:
         """
-        :raises Unparsable: the recording has no such process, or no such look
+        :raises Unparsable: the recording has no such process, look or content
         """
-        for table, number in (("process", process), ("look", look)):
+        for table, number in (("process", process), ("look", look), ("content", content)):
             if number is None or number in self._known[table]:
                 continue
             # What is being written may have grown since it was asked.

@@ -67,6 +67,8 @@ _TILE: Final = 24
 _LEAST_ROWS: Final = 3
 _LEAST_NAME: Final = 12
 _GAP: Final = 2
+# A title that is narrower has no room for more than one thing.
+_WIDE: Final = 60
 
 
 def screen(view: View, width: int, height: int) -> RenderableType:
@@ -151,7 +153,10 @@ def _title(view: View, width: int) -> Text:
     host, daemon = part(report, "host"), part(report, "daemon")
     release = text(host, "release", "unknown")
     said = [_plain("ksmd-ctl watch", _HEAD)]
-    if host.get("simulated"):
+    if host.get("simulated") and width < _WIDE:
+        # It must not be what a narrow terminal has no room for.
+        said = [_plain("SIMULATED", _STYLES[BAD])]
+    elif host.get("simulated"):
         said.append(_plain(f"  SIMULATED (profile {release})", _STYLES[BAD]))
     elif host:
         said.append(_plain(f"  kernel {release}"))

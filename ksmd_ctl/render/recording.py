@@ -165,9 +165,9 @@ def choices_text(report: Mapping[str, object]) -> str:
     knobs = part(report, "knobs")
     said = [f"{name} = {knobs[name]}" for name in knobs]
     if policy := text(report, "policy"):
-        said.append(
-            f'policy "{policy}"' + (", which writes nothing: the knobs as recorded" if policy == "observe" else "")
-        )
+        rest = "the other knobs" if knobs else "the knobs"
+        nothing = f", which writes nothing: {rest} as recorded" if policy == "observe" else ""
+        said.append(f'policy "{policy}"{nothing}')
     if report.get("apart"):
         said.append("trust domains kept apart")
     return ", ".join(said) or "the knobs as recorded"
@@ -181,6 +181,20 @@ def difference_text(report: Mapping[str, object]) -> str:
         return "nothing was merged in the recording"
     at = f", at {seconds_text(number(found, 'largest_at_seconds') or 0.0)}"
     return f"{ratio_text(median)} in the median and {ratio_text(largest)} at most{at}, of the greatest recorded"
+
+
+def unseen_text(report: Mapping[str, object]) -> str:
+    """Why a replay has nothing to merge where the recording had, as a sentence; empty for no reason."""
+    sharing = {
+        side: max((number(part(point, side), "pages_sharing") or 0 for point in parts(report, "timeline")), default=0)
+        for side in ("recorded", "replayed")
+    }
+    if not sharing["recorded"] or sharing["replayed"]:
+        return ""
+    return (
+        "no look saw the pages that were merged, so they are not replayed: they came and went between two looks, or "
+        "the recording is too short for one"
+    )
 
 
 def sampling_text(report: Mapping[str, object]) -> str:
@@ -218,7 +232,8 @@ def replay_page(report: Mapping[str, object]) -> str:
         [
             *host_lines(part(report, "recording")),
             f"replayed with {choices_text(report)}, profile {text(report, 'profile')}",
-            f"pages_sharing differs by {difference_text(report)}",
+            f"difference {difference_text(report)} (pages_sharing)",
+            *([unseen] if (unseen := unseen_text(report)) else ()),
             *([f"the sample: {expected}"] if (expected := sampling_text(report)) else ()),
         ],
         [

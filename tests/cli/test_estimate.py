@@ -340,7 +340,7 @@ def test_interrupted_before_there_is_a_figure_it_says_so(
     assert main(["estimate", "--all"]) == ExitCode.INTERRUPTED
     assert capsys.readouterr() == (
         "",
-        "interrupted before there was a figure; the first one comes within ten seconds\n",
+        "interrupted before there was a figure\n",
     )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from ksmd_ctl.cli import replay
 from ksmd_ctl.cli.main import main
 from ksmd_ctl.config.model import PolicyName
+from ksmd_ctl.engine.memory import page_content
 from ksmd_ctl.errors import ExitCode
 from ksmd_ctl.figures import seconds_text
 from ksmd_ctl.host.knobs import Knob
@@ -102,6 +104,35 @@ def test_a_policy_that_writes_nothing_leaves_the_recorded_knobs(path: Path, caps
     assert "difference 0.0 % in the median" in out
 
 
+def test_of_a_policy_that_writes_nothing_the_chosen_knobs_are_told(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = " ".join(said(capsys, "replay", path, "--policy", "observe", "run=1").split())
+    assert 'replayed with run = 1, policy "observe", which writes nothing: the other knobs as recorded' in out
+
+
+def test_pages_that_no_look_saw_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They were merged, and are gone before there is a look."""
+    stage = Stage(tmp_path / "r")
+    stage.host.set(Knob.PAGES_TO_SCAN, 1000)
+    stage.change(lambda: stage.host.set(Knob.RUN, 1))
+    pids = [stage.spawn([page_content("one")] * 20, number) for number in range(2)]
+    stage.pass_time(4)
+    for pid in pids:
+        stage.host.machine.exit(pid)
+    stage.pass_time(4)
+    out = said(capsys, "replay", stage.end())
+    assert "no look saw the pages that were merged, so they are not replayed" in out
+
+
+def test_a_table_is_as_wide_as_the_terminal(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    for command in ("report", "replay"):
+        assert max(map(len, said(capsys, command, path).splitlines())) <= (60 if command == "report" else 90)
+
+
 def test_fixed_knobs_need_a_configuration_that_names_some(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(path), "--policy", "fixed"]) == ExitCode.USAGE
     said_err = capsys.readouterr().err
@@ -131,6 +162,9 @@ def test_the_html_file(command: str, path: Path, tmp_path: Path, capsys: pytest.
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert main([command, str(path), "--html", str(path)]) == ExitCode.USAGE
     assert main([command, str(path), "--html", str(tmp_path / "no/page.html")]) == ExitCode.UNWRITABLE
+    # Nobody reads it.
+    os.mkfifo(tmp_path / "fifo")
+    assert main([command, str(path), "--html", str(tmp_path / "fifo")]) == ExitCode.UNWRITABLE
     assert "there is no folder" in capsys.readouterr().err
     # The recording is still one.
     said(capsys, command, path)

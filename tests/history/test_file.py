@@ -245,6 +245,8 @@ def test_damage_is_told_and_a_new_one_can_be_begun(path: Path, kind: str) -> Non
     with pytest.raises((Unparsable, Unreadable)) as read:
         read_copy(path, EVERYTHING)
     assert str(path) in read.value.why
+    if kind in ("folder", "fifo"):
+        assert "move it away" in read.value.hint
 
     def use() -> None:
         with opened(path) as file:

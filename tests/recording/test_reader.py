@@ -113,6 +113,8 @@ def test_a_damaged_recording_is_an_error_or_is_read(made: Path) -> None:
         ("DROP TABLE event; CREATE VIEW event AS SELECT 1.0 AS seconds, '' AS text", "it has no table event"),
         ("DELETE FROM fact WHERE name = 'one_in'", "it has no fact one_in"),
         ("UPDATE fact SET value = '0' WHERE name = 'one_in'", "out of its range"),
+        ("UPDATE fact SET value = '3' WHERE name = 'page_size_bytes'", "out of its range"),
+        ("UPDATE page SET content = 99999999 WHERE content > 0", "there is no content 99999999"),
         ("UPDATE fact SET value = '{' WHERE name = 'kind'", "is no JSON"),
         ("DROP TABLE page; CREATE TABLE page (look, process, page, content, node, frame); "
          "INSERT INTO page VALUES (1, 1, 'x', 1, 0, 0)", "of a wrong type"),

@@ -194,6 +194,8 @@ def test_a_simulated_host_says_so() -> None:
     report = example()
     report["host"] |= {"simulated": True}
     assert "SIMULATED (profile 6.12.107)" in drawn(view(report))[0]
+    for width in (20, 24, 40, 49, 50, 60):
+        assert "SIMULATED" in drawn(view(report), width)[0], width
 
 
 def test_without_colours_there_are_none() -> None:

@@ -57,7 +57,7 @@ def test_a_page_says_what_was_found(pages: dict[str, str]) -> None:
     assert "Who has most mergeable memory" in pages["report"]
     assert "&lt;script&gt;" in pages["report"]
     assert "smart_scan = 0, policy &quot;adaptive&quot;" in pages["replay"]
-    assert "differs by 0.0 % in the median and 0.0 % at most" in pages["replay"]
+    assert "difference 0.0 % in the median and 0.0 % at most" in pages["replay"]
 
 
 def test_the_picture_in_the_documents_is_what_is_drawn() -> None:
