@@ -171,14 +171,18 @@ def counts(count: int, domains: int) -> tuple[int, int, int]:
     return count, domains, -(-domains // ACROSS_EVERY)
 
 
-def commands(nodes: int, seed: int, count: int, save: Path, domains: int = 0) -> str:
+def commands(
+    nodes: int, seed: int, count: int, save: Path, domains: int = 0, library: Container[str] | None = None
+) -> str:
     """What is run in a guest.
 
+    :param library: folders of the library; None for all
     :param count: random scenarios without domains
     :param domains: with domains
     """
     folders = sorted(path.name for path in (ROOT / LIBRARY).iterdir() if path.is_dir())
-    chosen = [f"{LIBRARY}/{name}" for name in folders if NODES.get(name, nodes) == nodes]
+    folders = [name for name in folders if NODES.get(name, nodes) == nodes and (library is None or name in library)]
+    chosen = [f"{LIBRARY}/{name}" for name in folders]
     words = [["ksmd-ctl", "verify", *chosen]]
     for more, number in zip(RANDOM, counts(count, domains), strict=True):
         if number:

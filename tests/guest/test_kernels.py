@@ -7,6 +7,7 @@ Other kernels: ``make matrix``. More of everything: ``make soak``.
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,8 @@ REMOVABLE = ("--removable", "256")
 #: Of kernels before 6.6 only.
 ZERO_PAGES = f"{INSIDE}/doctor.py::test_zero_pages_that_the_kernel_does_not_count"
 RANDOM_SCENARIOS = 20
-#: 6.12 calls every anonymous page a KSM page, 6.1 does not. Much memory, and FUSE, are left to this machine.
-SHARING = "tests/kernel/test_sharing.py"
-NOT_EMULATED = (
-    *("--deselect", f"{SHARING}::test_a_sample_of_much"),
-    *("--deselect", f"{SHARING}::test_a_process_that_keeps_its_readers_waiting_holds_nobody_up"),
-)
+#: Folders of the library; `make matrix` has all on each kernel.
+OLDER_LIBRARY = ("findings", "ltp", "offline", "seed")
 #: They write while the service holds a value for a moment only, which an emulated processor misses.
 NOT_IN_TIME = (
     *("--deselect", f"{INSIDE}/foreign.py::test_an_unmerge_and_a_stop_soon_after_it_have_their_names"),
@@ -45,11 +42,11 @@ SWITCHED = (
 )
 
 
-def comparison(folder: Path, domains: int = 0) -> dict[str, list[str]]:
+def comparison(folder: Path, domains: int = 0, library: Container[str] | None = None) -> dict[str, list[str]]:
     """Kernel and engine compared: the library, and random scenarios, so many of them with domains."""
     # The seed's authors thought that colliding pages become one: no kernel does it, so this has to be told.
     seed = f"ksmd-ctl verify --profile seed {matrix.LIBRARY}/findings/collision-is-for-ever.toml"
-    script = f"{matrix.commands(2, RANDOM_SCENARIOS, RANDOM_SCENARIOS, folder, domains)}; {seed}; true"
+    script = f"{matrix.commands(2, RANDOM_SCENARIOS, RANDOM_SCENARIOS, folder, domains, library)}; {seed}; true"
     return {"verify": ["sh", "-c", script]}
 
 
@@ -72,9 +69,9 @@ sys.exit(77)
 def older(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("6.1-2")
     # What takes a node of memory only is left to four nodes.
-    tests = (f"{INSIDE}/numa.py", f"{INSIDE}/estimate.py", ZERO_PAGES, SHARING, *NOT_EMULATED, "-k", "not memory_only")
+    tests = (f"{INSIDE}/numa.py", f"{INSIDE}/estimate.py", ZERO_PAGES, "-k", "not memory_only")
     last = ("python3", "-c", SAY, str(folder), *AWKWARD)
-    return boot(folder, "6.1", 2, {**comparison(folder), "probe": PROBE}, tests, REMOVABLE, last)
+    return boot(folder, "6.1", 2, {**comparison(folder, library=OLDER_LIBRARY), "probe": PROBE}, tests, REMOVABLE, last)
 
 
 def test_two_nodes_of_an_older_kernel(older: Boot) -> None:
@@ -82,7 +79,6 @@ def test_two_nodes_of_an_older_kernel(older: Boot) -> None:
     assert older.passed(f"{INSIDE}/numa.py") >= 12
     assert older.passed(f"{INSIDE}/doctor.py") == 1
     assert older.passed(f"{INSIDE}/estimate.py") == 2
-    assert older.passed(SHARING) >= 2
     older.said("tests")
 
 
@@ -110,11 +106,7 @@ def test_status_output_arguments_and_shares_come_through(older: Boot) -> None:
 TWO_NODES = {
     "numa_service": 10,
     "transactions": 4,
-    "twins": 2,
-    "covert_channel": 3,
-    "confined": 2,
     "domains": 8,
-    "domains_measures": 3,
     "estimate": 2,
     "foreign": 1,
 }
@@ -123,7 +115,7 @@ TWO_NODES = {
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
     folder = tmp_path_factory.mktemp("6.12-2")
-    tests = [*(f"{INSIDE}/{name}.py" for name in TWO_NODES), SHARING, *NOT_EMULATED, *NOT_IN_TIME]
+    tests = [*(f"{INSIDE}/{name}.py" for name in TWO_NODES), *NOT_IN_TIME]
     return boot(
         folder,
         "6.12",
@@ -137,9 +129,8 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
 
 @pytest.mark.parametrize(("file", "least"), TWO_NODES.items())
 def test_two_nodes(two_nodes: Boot, file: str, least: int) -> None:
-    """The service and its commands, transactions, migrated twins that are healed, domains that stay apart."""
+    """The service and its commands, transactions, domains that stay apart."""
     assert two_nodes.passed(f"{INSIDE}/{file}.py") >= least
-    assert two_nodes.passed(SHARING) >= 2
     two_nodes.said("tests")
 
 
@@ -162,7 +153,7 @@ def test_kernel_and_engine_are_equal(guest: str, kernel: str, domains: int, requ
     output = request.getfixturevalue(guest).said("verify")
     *parts, seed = matrix.parse(output)
     assert matrix.judged(parts, RANDOM_SCENARIOS, matrix.never(kernel, 2), domains) == [], output
-    assert parts[0].equal >= 100
+    assert parts[0].equal >= (100 if guest == "two_nodes" else 50)
     assert parts[1].equal == RANDOM_SCENARIOS
     assert (seed.profile, seed.different) == ("seed", 1)
     assert "met: pages_sharing: kernel 8, engine 12" in output
