@@ -91,7 +91,7 @@ def boot(
     reporting = ("-p", "tests.guest.reports", "--reports", str(folder / "reports"), "--durations=0", "-s")
     every = {**jobs, "tests": inside("-v", *reporting, *tests, environment=environment)}
     (folder / "jobs.json").write_text(json.dumps(every))
-    words = ["--kernel", kernel, "--nodes", str(nodes), "--timeout", "2400", "--share", str(folder), *options]
+    words = ["--kernel", kernel, "--nodes", str(nodes), "--timeout", "3000", "--share", str(folder), *options]
     done = subprocess.run(
         [sys.executable, RUN, *words, "--", "python3", "tests/guest/jobs.py", str(folder), *last],
         cwd=ROOT,
