@@ -64,7 +64,8 @@ class HttpServer:
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens on an address.
 
-    :param host: a numeric address or ``localhost``; no name server is asked
+    :param host: a numeric address or ``localhost``; no name server is asked. ``::`` is all addresses, of IPv4 as well,
+        and only these where there is no IPv6
     :param port: 0 for any free port
     :raises UsageError: the address is in use, or not an address of this host
     :raises Denied: ports below 1024 need a privilege
@@ -78,18 +79,28 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise UsageError(what, "not a numeric address", hint="give ADDRESS:PORT, as in 127.0.0.1:19753") from error
     family, kind, protocol, _, address = found[0]
-    sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
+    try:
+        sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
+    except OSError as error:
+        if host == "::" and error.errno == errno.EAFNOSUPPORT:
+            return listen("0.0.0.0", port)
+        raise UsageError(
+            what, errno_text(error.errno or 0), hint="choose another address (--metrics-listen)"
+        ) from error
     try:
         # After a restart, connections of the previous service may still be in TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
         sock.bind(address)
         sock.listen()
         return sock
     except OSError as error:
         sock.close()
         number = error.errno or 0
+        if host == "::" and number == errno.EADDRNOTAVAIL:
+            # Booted with ipv6.disable=1, or with the sysctl.
+            return listen("0.0.0.0", port)
         if number in (errno.EACCES, errno.EPERM):
             raise Denied(what, errno_text(number), hint="choose a port from 1024 on", errno=number) from error
         hint = "choose another address (--metrics-listen), or stop what listens there"

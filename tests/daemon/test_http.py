@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from types import SimpleNamespace
@@ -400,6 +401,31 @@ def test_a_port_that_takes_a_privilege(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "bind", denied)
     with pytest.raises(Denied, match="EACCES"):
         http.listen("127.0.0.1", 80)
+
+
+@pytest.mark.parametrize("client", ["127.0.0.1", "::1"])
+def test_all_addresses_are_those_of_ipv4_too(client: str) -> None:
+    with http.listen("::", 0) as sock:
+        if client == "::1" and sock.family != socket.AF_INET6:
+            pytest.skip("no IPv6 here")
+        port = sock.getsockname()[1]
+        with socket.create_connection((client, port), timeout=10):
+            pass
+
+
+def test_without_ipv6_all_addresses_are_those_of_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = socket.socket
+
+    def only_4(family: int, *words: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "no IPv6")
+        return made(family, *words)
+
+    monkeypatch.setattr(http.socket, "socket", only_4)
+    with http.listen("::", 0) as sock:
+        assert sock.getsockname()[0] == "0.0.0.0"
+    with pytest.raises(UsageError, match="EAFNOSUPPORT"):
+        http.listen("::1", 0)
 
 
 def test_localhost_needs_no_name_server() -> None:
