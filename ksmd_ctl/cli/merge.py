@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -71,23 +72,34 @@ def add_parser(parsers: Parsers) -> None:
 def _range(word: str) -> tuple[int, int]:
     """The type of --range: ``7f0000000000-7f0000100000``."""
     match = re.fullmatch(r"(?:0x)?([0-9a-f]{1,16})-(?:0x)?([0-9a-f]{1,16})", word, re.ASCII | re.IGNORECASE)
-    if match is None or not (start := int(match[1], 16)) < (end := int(match[2], 16)) <= 1 << 56:
+    if match is None:
         raise argparse.ArgumentTypeError(f"{word[:60]!r} is no range of addresses, as in 7f0000000000-7f0000100000")
+    start, end = int(match[1], 16), int(match[2], 16)
+    if start >= end:
+        raise argparse.ArgumentTypeError(f"the range {word[:60]!r} ends before it has begun")
+    if end > 1 << 56:
+        raise argparse.ArgumentTypeError(f"the range {word[:60]!r} ends behind the addresses that a process has")
+    if (start | end) % os.sysconf("SC_PAGE_SIZE"):
+        why = f"the range {word[:60]!r} does not begin and end with a page (of {os.sysconf('SC_PAGE_SIZE')} bytes)"
+        raise argparse.ArgumentTypeError(why)
     return start, end
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
+    from ksmd_ctl.cli.merge_persist import settings
     from ksmd_ctl.transactions.switching import SwitchOrder, exit_code
 
     method = None if args.method == _AUTO else Method(args.method)
     on = args.action == "on"
     order = SwitchOrder(on, args.pid, args.unit, args.vm, tuple(args.ranges), method, args.dry_run)
     order.check()
+    write, root = args.persist == "write", Path(args.root)
+    if write and not args.dry_run:
+        # Where there is no drop-in to write, that is refused before anything is switched.
+        settings(_switched(args, dataclasses.replace(order, dry_run=True))[0], root, write=True)
     document, stopped = _switched(args, order)
     if args.persist and not stopped:
-        from ksmd_ctl.cli.merge_persist import settings
-
-        document = {**document, "persist": settings(document, Path(args.root), write=args.persist == "write")}
+        document = {**document, "persist": settings(document, root, write=write)}
     if args.json:
         write_json(document, out)
     else:

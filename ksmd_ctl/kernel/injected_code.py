@@ -47,6 +47,13 @@ _RESTART_SYSCALL, _X32_BIT = 219, 1 << 30
 
 _AT_SYSINFO_EHDR: Final = 33
 _MOST_PAGES: Final = 16
+# Calls that end with EINTR when their thread is stopped, also where no signal comes (signal(7), "Interruption of system
+# calls and library functions by stop signals"), by their numbers on x86-64: read, write, readv, writev and those of
+# sockets with a timeout, semop, semtimedop, rt_sigtimedwait, epoll_wait, epoll_pwait, epoll_pwait2, io_getevents,
+# io_pgetevents, io_uring_enter. With EINTR they have done nothing yet.
+_ENDED_BY_STOPS: Final = frozenset(
+    {0, 1, 19, 20, 43, 44, 45, 46, 47, 288, 299, 307, 65, 220, 128, 232, 281, 441, 208, 333, 426}
+)
 # As much of a stack as is searched for a signal's frame.
 _STACK_BYTES: Final = 1 << 20
 # Of include/uapi/linux/rseq.h: where struct rseq has rseq_cs, and struct rseq_cs.
@@ -69,6 +76,13 @@ def restarted(found: Registers) -> Registers:
         number = _RESTART_SYSCALL | found["orig_rax"] & _X32_BIT
         return {**result, "rax": number, "rip": found["rip"] - len(SYSCALL)}
     return result
+
+
+def made_again(found: Registers) -> Registers | None:
+    """Registers with which a thread makes the call again that a stop has ended; None where it has ended none."""
+    if found["orig_rax"] not in _ENDED_BY_STOPS or signed(found["rax"]) != -errno.EINTR:
+        return None
+    return {**found, "rax": found["orig_rax"], "orig_rax": NO_CALL, "rip": found["rip"] - len(SYSCALL)}
 
 
 def signed(value: int) -> int:

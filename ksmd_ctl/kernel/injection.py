@@ -16,7 +16,8 @@ program, its libraries and its stack are not written to. A shadow stack does not
 
 While all goes well this process puts the registers back, at a stop of the same kind as the first one (in get_signal):
 so the kernel restarts the call that was interrupted (ERESTARTSYS and its kin, ERESTART_RESTARTBLOCK), or lets a
-signal's handler interrupt it, as if nobody had been there. The instructions themselves can only restart it.
+signal's handler interrupt it, as if nobody had been there. The instructions themselves can only restart it. Some calls
+end with EINTR at each stop, as epoll_wait(2): the thread makes these again, a timeout of theirs from its beginning.
 
 A signal that comes meanwhile is delivered with the thread's own registers, and the call begun again. A thread is left
 to go on for a moment where it is in a restartable sequence (rseq(2)), or still in instructions of somebody who was
@@ -50,6 +51,7 @@ from ksmd_ctl.kernel.injected_code import (
     arguments,
     free_slot,
     in_sequence,
+    made_again,
     restarted,
     signed,
     slot,
@@ -57,7 +59,7 @@ from ksmd_ctl.kernel.injected_code import (
 )
 from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.ptrace import Registers, Stop, Tracee, waiting
-from ksmd_ctl.kernel.threads import Thread, choose
+from ksmd_ctl.kernel.threads import Thread, choose, signal_waits
 from ksmd_ctl.kernel.traceable import AT_START, need_machine
 
 _OWN_CALLS: Final = "it handles system calls itself (PR_SET_SYSCALL_USER_DISPATCH, SIGSYS), as Wine does"
@@ -185,6 +187,16 @@ class _Job:
         # A program that executed another one since has other memory.
         self.memory.close()
         self.memory = Memory(self.pid, self.thread.tid, self.root)
+        found = self.tracee.registers()
+        again = made_again(found)
+        # Where a signal waits the program is to learn of it.
+        if (
+            again
+            and self.memory.read(again["rip"], len(SYSCALL)) == SYSCALL
+            and not signal_waits(self.thread, self.pid, self.root)
+        ):
+            self.step("again")
+            self.tracee.set_registers(again)
 
     def wait_asked(self) -> None:
         while True:

@@ -36,7 +36,8 @@ from ksmd_ctl.kernel.process_counts import read_counts
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 from ksmd_ctl.kernel.ranges import holds_pages, mappings
 from ksmd_ctl.kernel.syscalls import MADV_MERGEABLE, MADV_UNMERGEABLE, PR_SET_MEMORY_MERGE
-from ksmd_ctl.kernel.traceable import need_traceable
+from ksmd_ctl.kernel.threads import threads
+from ksmd_ctl.kernel.traceable import AT_START, need_traceable
 from ksmd_ctl.kernel.unshare import AGAIN, ELSEWHERE, GONE, NOT_WRITABLE, STILL, UNDECIDED, WATCHED, unshare
 
 # By their numbers on x86-64.
@@ -145,14 +146,31 @@ class _Job:
     def looked_at(self) -> list[Range]:
         """What is meant of its memory; it is left as it is until all that can be told before is as it has to be."""
         need_traceable(self.pid, self.what, self.root)
-        found = self.ranges()
-        if not (found or mappings(self.pid, self.root)):
-            raise NoSuchProcess(f"process {self.pid}", NO_MEMORY)
+        try:
+            found = self.ranges()
+            if not (found or mappings(self.pid, self.root)):
+                raise NoSuchProcess(f"process {self.pid}", NO_MEMORY)
+        except NoSuchProcess as error:
+            if error.why == NO_MEMORY:
+                self.need_memory()
+            raise
         if not found:
             where = "there" if self.request.ranges else "of it"
             why = f"nothing {where} can be merged: it has no private memory, or only what KSM never merges"
             raise Refused(self.what, why, hint=f"/proc/{self.pid}/smaps says what it has")
         return found
+
+    def need_memory(self) -> None:
+        """
+        :raises Refused: it lives and has none that could be seen
+        """
+        main, *others = [thread.state for thread in threads(self.pid, self.root)]
+        if main not in "ZX":
+            raise Refused(self.what, "it has no memory: it is a kernel thread", hint="name another process")
+        if any(state not in "ZX" for state in others):
+            # What /proc/PID says of memory is what its main thread has.
+            why = "its main thread has ended, and the kernel no longer shows its memory"
+            raise Refused(self.what, why, hint=AT_START)
 
     def run(self) -> SwitchResult:
         was_on = _is_on(self.looked_at())
@@ -168,7 +186,10 @@ class _Job:
             done = None
         if done is not self.request.on and not self.left:
             wrong = _pages((item.start, item.end) for item in after if item.mergeable != self.request.on)
-            self.left.append(f"{plural(wrong, 'page')} of address space: mapped or advised meanwhile")
+            what = f"{plural(wrong, 'page')} of address space: mapped or advised meanwhile"
+            self.left.append(
+                what if wrong else "memory that it maps from now on: it executed another program meanwhile"
+            )
         how = [f"madvise of {plural(_apart(self.advised), 'mapping')}"] if self.advised else []
         return SwitchResult(
             process=self.request.process,

@@ -64,6 +64,17 @@ def choose(pid: int, what: str, root: Path = Path("/")) -> Thread:
     raise Refused(what, why, hint="try again later")
 
 
+def signal_waits(thread: Thread, pid: int, root: Path = Path("/")) -> bool:
+    """Whether a signal is about to be delivered to a thread.
+
+    :raises NoSuchProcess: it is gone
+    """
+    status = read_process_file(pid, f"task/{thread.tid}/status", root)
+    found = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    own, shared, blocked = (int(found[name], 16) for name in ("SigPnd", "ShdPnd", "SigBlk"))
+    return bool((own | shared) & ~blocked)
+
+
 def _best(pid: int, root: Path, what: str) -> tuple[Thread | None, set[str]]:
     """The best thread, and the states of those that can't be it."""
     best: Thread | None = None

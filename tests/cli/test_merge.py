@@ -120,6 +120,8 @@ def test_what_is_left_and_what_fails(run: Run) -> None:
         ("on", "--pid", "11", "--vm", "a"),
         ("on", "--pid", "11", "--method", "gdb"),
         ("on", "--pid", "11", "--range", "5-3"),
+        ("on", "--pid", "11", "--range", "1064-2064"),
+        ("on", "--pid", "11", "--range", "1000-1000"),
         ("on", "--pid", "11", "--range", "0-200000000000000"),
         ("on", "--pid", "11", "--range", "1,000-2,000"),
         ("on", "--unit", "web", "--range", "1000-2000"),
@@ -137,8 +139,8 @@ def test_ranges(run: Run) -> None:
     asked: list[Any] = []
     take = run.host.switch
     run.host.switch = lambda request, *more, **named: asked.append(request) or take(request, *more, **named)  # type: ignore[method-assign,func-returns-value]
-    assert run("on", "--pid", "11", "--range", "7f00-7F10", "--range", "0x10-0x20")[0] == 0
-    assert asked[0].ranges == ((0x7F00, 0x7F10), (0x10, 0x20))
+    assert run("on", "--pid", "11", "--range", "7f0000-7F1000", "--range", "0x10000-0x20000")[0] == 0
+    assert asked[0].ranges == ((0x7F0000, 0x7F1000), (0x10000, 0x20000))
 
 
 def test_two_commands_never_switch_at_the_same_time(run: Run) -> None:
@@ -228,6 +230,8 @@ def test_persist_writes_for_units_only(run: Run) -> None:
     code, _, err = run("off", "--vm", "vm-1", "--persist", "write")
     assert code == ExitCode.REFUSED
     assert "--persist without `write` prints what belongs where" in err
+    # Before anything was switched: it was only looked at.
+    assert {dry_run for *_, dry_run in run.host.switches} <= {True}
 
 
 @pytest.mark.parametrize("name", ["../../etc.service", "a b.service", "x/y.service", "-.slice"])

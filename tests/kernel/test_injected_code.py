@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.kernel.injected_code import MARK, SLOT_BYTES, free_slot, in_sequence, restarted, slot
+from ksmd_ctl.kernel.injected_code import MARK, SLOT_BYTES, free_slot, in_sequence, made_again, restarted, slot
 from ksmd_ctl.kernel.ptrace import X86_64_REGISTERS
 
 words = st.integers(0, (1 << 64) - 1)
@@ -104,3 +104,15 @@ def test_restartable_sequences(at: int, inside: bool) -> None:
     memory = FakeMemory({108: (4096).to_bytes(8, "little"), 4096: words})
     assert in_sequence(memory, 100, at) is inside  # type: ignore[arg-type]
     assert not in_sequence(FakeMemory({108: bytes(8)}), 100, at)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "again"), [(232, -4, True), (232, -512, False), (35, -4, False), (232, 1, False)]
+)
+def test_a_call_that_a_stop_has_ended_is_made_again(number: int, code: int, again: bool) -> None:
+    """epoll_wait, and not nanosleep, which the kernel goes on with by itself."""
+    registers = {**dict.fromkeys(X86_64_REGISTERS, 5), "orig_rax": number, "rax": code % (1 << 64), "rip": 1000}
+    found = made_again(registers)
+    assert (found is not None) is again
+    if found is not None:
+        assert found == {**registers, "rax": number, "orig_rax": (1 << 64) - 1, "rip": 998}

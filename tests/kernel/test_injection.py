@@ -404,3 +404,39 @@ def test_more_calls_than_time(program: Path) -> None:
 
         assert in_child(run) == 0
         assert start_time_ticks(target.process.pid) == target.process.start_time_ticks
+
+
+WAITING = """
+import ctypes, os, select, signal, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+poll = select.epoll()
+poll.register(0, select.EPOLLIN)
+events = ctypes.create_string_buffer(12)
+signals = ctypes.create_string_buffer(struct.pack("Q", 1 << (signal.SIGUSR1 - 1)) + bytes(120))
+calls = {
+    "epoll_wait": lambda: libc.epoll_wait(poll.fileno(), events, 1, -1),
+    "sigtimedwait": lambda: libc.sigtimedwait(signals, None, ctypes.create_string_buffer(struct.pack("qq", 60, 0))),
+}
+print(os.getpid(), flush=True)
+while True:
+    ctypes.set_errno(0)
+    found = calls[sys.argv[1]]()
+    print(found, ctypes.get_errno(), flush=True)
+    os.read(0, 1)
+"""
+
+
+@pytest.mark.parametrize(("call", "ended"), [("epoll_wait", "1 0"), ("sigtimedwait", f"{int(signal.SIGUSR1)} 0")])
+def test_a_call_that_each_stop_ends_is_made_again(call: str, ended: str) -> None:
+    """These end with EINTR when their thread is stopped, also without a signal (signal(7))."""
+    with started(sys.executable, "-c", WAITING, call) as target:
+        time.sleep(0.3)
+        assert in_child(switched(target.process, 20)) == 0
+        if call == "epoll_wait":
+            assert target.program.stdin
+            os.write(target.program.stdin.fileno(), b"x")
+        else:
+            os.kill(target.process.pid, signal.SIGUSR1)
+        assert target.program.stdout
+        assert target.program.stdout.readline().strip() == ended

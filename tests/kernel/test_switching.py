@@ -104,8 +104,24 @@ def test_nothing_of_it_could_merge(target: Target) -> None:
 def test_processes_that_are_none(target: Target) -> None:
     with pytest.raises(NoSuchProcess):
         switched(Switch(ProcessId(target.process.pid, target.process.start_time_ticks + 1), True))
-    with pytest.raises(NoSuchProcess, match="kernel thread"):
+    with pytest.raises(Refused, match="it is a kernel thread"):
         switched(Switch(ProcessId(2, start_time_ticks(2)), True))
+
+
+def test_a_process_whose_main_thread_has_ended() -> None:
+    """It runs and has memory; /proc/PID/smaps has nothing of it."""
+    code = (
+        "import ctypes, os, signal, threading\n"
+        "threading.Thread(target=signal.pause).start()\n"
+        "print(os.getpid(), flush=True)\n"
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    with started(sys.executable, "-c", code) as target:
+        until = time.monotonic() + 10
+        while target.status("State")[0] != "Z" and time.monotonic() < until:
+            time.sleep(0.01)
+        with pytest.raises(Refused, match="its main thread has ended"):
+            switched(Switch(target.process, True))
 
 
 def test_to_whom_it_is_not_allowed(target: Target) -> None:
