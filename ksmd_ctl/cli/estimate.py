@@ -26,7 +26,7 @@ from ksmd_ctl.cli.common import (
     write_json,
 )
 from ksmd_ctl.cli.estimate_lines import interval_text, lines
-from ksmd_ctl.cli.terminal import ProgressLine, text_width, wrapped
+from ksmd_ctl.cli.terminal import ProgressLine, text_width, write_wrapped
 from ksmd_ctl.errors import Denied, ExitCode, Refused
 from ksmd_ctl.figures import bytes_text, ratio_text
 from ksmd_ctl.reports.document import part
@@ -95,9 +95,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         write_json(document, out)
     else:
         width = text_width(out)
-        for line in lines(document, args.by, width):
-            for piece in wrapped(line, width, 2):
-                out.write(f"{piece}\n")
+        write_wrapped(lines(document, args.by, width), width, out)
     return ExitCode.INTERRUPTED if part(document, "look").get("interrupted") else ExitCode.DONE
 
 

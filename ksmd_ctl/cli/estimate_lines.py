@@ -107,7 +107,7 @@ def _groups(document: Mapping[str, object], key: str, width: int) -> Iterator[st
     rows = [[text(one, "group"), *(bytes_or_unknown(number(one, name)) for name in names)] for one in found[:_LIMIT]]
     head = Column("group" if key == "units" else "process", wraps=True)
     yield from table((head, *_GROUPS[: None if unmarked else 2]), rows, width)
-    yield from more(len(found) - _LIMIT, "unit" if key == "units" else "process")
+    yield from more(len(found) - _LIMIT, *(("unit",) if key == "units" else ("process", "processes")))
 
 
 def _domains(document: Mapping[str, object], width: int) -> Iterator[str]:

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TextIO
 
 from ksmd_ctl.cli.common import PROGRAM, Parsers, add_command, file_name, write_json
-from ksmd_ctl.cli.terminal import WIDTH, Column, bytes_or_unknown, count_or_unknown, more, table, text_width, wrapped
+from ksmd_ctl.cli.terminal import (
+    WIDTH,
+    Column,
+    bytes_or_unknown,
+    count_or_unknown,
+    more,
+    table,
+    text_width,
+    write_wrapped,
+)
 from ksmd_ctl.errors import ExitCode, Unwritable, UsageError
 from ksmd_ctl.figures import bytes_text, plural, ratio_text, seconds_text
 from ksmd_ctl.render.recording import (
@@ -74,9 +83,7 @@ def show(args: argparse.Namespace, out: TextIO, document: Mapping[str, object], 
     if args.json:
         write_json(document, out)
         return
-    for line in said:
-        for piece in wrapped(line, text_width(out), 2):
-            out.write(f"{piece}\n")
+    write_wrapped(said, text_width(out), out)
 
 
 def write_html(path: Path, recording: Path, page: str) -> None:
@@ -153,10 +160,11 @@ def lines(document: Mapping[str, object], width: int = WIDTH) -> Iterator[str]:
         yield ""
         # What a policy decides every few seconds would hide all else.
         rare = [event for event in events if text(event, "kind") != "policy"]
-        for event in rare[-_EVENTS:]:
+        shown = rare[-_EVENTS:]
+        for event in shown:
             kind = f"{text(event, 'kind')}: " if event.get("service") else ""
             yield f"{seconds_text(number(event, 'seconds') or 0.0):>10}  {kind}{text(event, 'text')}"
-        left = len(events) - len(rare[-_EVENTS:])
+        left = len(events) - len(shown)
         yield from more(left + int(number(document, "events_left_out") or 0), "event")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 
 from ksmd_ctl.cli.client import Conversation, NoService, socket_path
 from ksmd_ctl.cli.common import handling, write_json
-from ksmd_ctl.cli.terminal import WIDTH, ProgressLine, wrapped, write_lines
+from ksmd_ctl.cli.terminal import WIDTH, ProgressLine, write_lines, write_wrapped
 from ksmd_ctl.errors import Denied, ExitCode, Unreachable
 from ksmd_ctl.figures import plural, seconds_text
 from ksmd_ctl.render.summary import BAD, Line, left_lines
@@ -141,9 +141,7 @@ def show(
         write_json(document, out)
         return code(document)
     write_lines([*source_lines(answer), *left_lines(answer.left)], out, most=WIDTH)
-    for line in lines(document):
-        for piece in wrapped(line, WIDTH, 2):
-            out.write(f"{piece}\n")
+    write_wrapped(lines(document), WIDTH, out)
     return code(document)
 
 

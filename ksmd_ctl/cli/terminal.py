@@ -48,6 +48,13 @@ def write_lines(
             out.write(f"{colour}{piece}{_RESET if colour else ''}\n")
 
 
+def write_wrapped(lines: Iterable[str], width: int, out: TextIO) -> None:
+    """Write texts for people, in lines of a width."""
+    for line in lines:
+        for piece in wrapped(line, width, 2):
+            out.write(f"{piece}\n")
+
+
 def text_width(out: TextIO, environ: Mapping[str, str] = os.environ) -> int:
     """The width of a text for people: the terminal's, `WIDTH` at most."""
     return max(_LEAST_WIDTH, min(WIDTH, _width(out, environ) or WIDTH))
@@ -187,10 +194,14 @@ def _parts(cell: str, width: int) -> list[str]:
     return [*found, cell]
 
 
-def more(count: int, what: str) -> Iterator[str]:
-    """That there are so many more, if there are."""
+def more(count: int, what: str, many: str = "") -> Iterator[str]:
+    """That there are so many more, if there are.
+
+    :param many: the plural, where it is not only an s more
+    """
     if count > 0:
-        yield f"{plural(count, f'more {what}')}; --json has more"
+        several = many or f"{what}s"
+        yield f"{plural(count, f'more {what}', f'more {several}')}; --json has more"
 
 
 def count_or_unknown(value: int | float | None) -> str:

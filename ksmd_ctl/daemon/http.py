@@ -27,6 +27,8 @@ from ksmd_ctl.render.page_history import Span
 #: Prometheus keeps its connection between scrapes, unless it scrapes less often than idle_seconds.
 LIMITS: Final = Limits(request_bytes=8 * 1024, idle_seconds=30.0, unread_bytes=256 * 1024)
 
+# Of a kernel without IPv6, or booted with ipv6.disable=1, or where the sysctl has switched it off.
+_NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _TEXT = "text/plain; charset=utf-8"
 _HTML = "text/html; charset=utf-8"
 # The browser may load nothing for the page.
@@ -79,15 +81,9 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise UsageError(what, "not a numeric address", hint="give ADDRESS:PORT, as in 127.0.0.1:19753") from error
     family, kind, protocol, _, address = found[0]
+    sock: socket.socket | None = None
     try:
         sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
-    except OSError as error:
-        if host == "::" and error.errno == errno.EAFNOSUPPORT:
-            return listen("0.0.0.0", port)
-        raise UsageError(
-            what, errno_text(error.errno or 0), hint="choose another address (--metrics-listen)"
-        ) from error
-    try:
         # After a restart, connections of the previous service may still be in TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -96,10 +92,10 @@ def listen(host: str, port: int) -> socket.socket:
         sock.listen()
         return sock
     except OSError as error:
-        sock.close()
+        if sock is not None:
+            sock.close()
         number = error.errno or 0
-        if host == "::" and number == errno.EADDRNOTAVAIL:
-            # Booted with ipv6.disable=1, or with the sysctl.
+        if host == "::" and number in _NO_IPV6:
             return listen("0.0.0.0", port)
         if number in (errno.EACCES, errno.EPERM):
             raise Denied(what, errno_text(number), hint="choose a port from 1024 on", errno=number) from error

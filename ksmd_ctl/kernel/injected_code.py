@@ -71,10 +71,9 @@ def restarted(found: Registers) -> Registers:
         return result
     code = signed(found["rax"])
     if code in RESTARTED:
-        return {**result, "rax": found["orig_rax"], "rip": found["rip"] - len(SYSCALL)}
+        return _calls_again(found, found["orig_rax"])
     if code == _RESTART_BLOCK:
-        number = _RESTART_SYSCALL | found["orig_rax"] & _X32_BIT
-        return {**result, "rax": number, "rip": found["rip"] - len(SYSCALL)}
+        return _calls_again(found, _RESTART_SYSCALL | found["orig_rax"] & _X32_BIT)
     return result
 
 
@@ -82,7 +81,12 @@ def made_again(found: Registers) -> Registers | None:
     """Registers with which a thread makes the call again that a stop has ended; None where it has ended none."""
     if found["orig_rax"] not in _ENDED_BY_STOPS or signed(found["rax"]) != -errno.EINTR:
         return None
-    return {**found, "rax": found["orig_rax"], "orig_rax": NO_CALL, "rip": found["rip"] - len(SYSCALL)}
+    return _calls_again(found, found["orig_rax"])
+
+
+def _calls_again(found: Registers, number: int) -> Registers:
+    """Registers with which a thread makes a call, from its instruction on."""
+    return {**found, "rax": number, "orig_rax": NO_CALL, "rip": found["rip"] - len(SYSCALL)}
 
 
 def signed(value: int) -> int:

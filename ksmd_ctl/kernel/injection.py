@@ -187,8 +187,7 @@ class _Job:
         # A program that executed another one since has other memory.
         self.memory.close()
         self.memory = Memory(self.pid, self.thread.tid, self.root)
-        found = self.tracee.registers()
-        again = made_again(found)
+        again = made_again(self.tracee.registers())
         # Where a signal waits the program is to learn of it.
         if (
             again

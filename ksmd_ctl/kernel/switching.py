@@ -164,10 +164,11 @@ class _Job:
         """
         :raises Refused: it lives and has none that could be seen
         """
-        main, *others = [thread.state for thread in threads(self.pid, self.root)]
-        if main not in "ZX":
+        states = {thread.tid: thread.state for thread in threads(self.pid, self.root)}
+        # Any of them may end meanwhile.
+        if states.pop(self.pid, "X") not in "ZX":
             raise Refused(self.what, "it has no memory: it is a kernel thread", hint="name another process")
-        if any(state not in "ZX" for state in others):
+        if any(state not in "ZX" for state in states.values()):
             # What /proc/PID says of memory is what its main thread has.
             why = "its main thread has ended, and the kernel no longer shows its memory"
             raise Refused(self.what, why, hint=AT_START)

@@ -40,8 +40,7 @@ def threads(pid: int, root: Path = Path("/")) -> Iterator[Thread]:
         raise process_file_error(pid, tasks, error) from error
     for tid in tids:
         with suppress(NoSuchProcess, Absent):
-            status = read_process_file(pid, f"task/{tid}/status", root)
-            found = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+            found = _status(pid, tid, root)
             yield Thread(tid, found["State"][:1], int(found["TracerPid"]), int(found.get("Seccomp", "0")))
 
 
@@ -69,10 +68,14 @@ def signal_waits(thread: Thread, pid: int, root: Path = Path("/")) -> bool:
 
     :raises NoSuchProcess: it is gone
     """
-    status = read_process_file(pid, f"task/{thread.tid}/status", root)
-    found = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    found = _status(pid, thread.tid, root)
     own, shared, blocked = (int(found[name], 16) for name in ("SigPnd", "ShdPnd", "SigBlk"))
     return bool((own | shared) & ~blocked)
+
+
+def _status(pid: int, tid: int, root: Path) -> dict[str, str]:
+    status = read_process_file(pid, f"task/{tid}/status", root)
+    return dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
 
 
 def _best(pid: int, root: Path, what: str) -> tuple[Thread | None, set[str]]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.cli.terminal import write_lines
+from ksmd_ctl.cli.terminal import more, write_lines
 from ksmd_ctl.render.summary import BAD, Line
 
 
@@ -53,3 +53,9 @@ def test_wrapping_loses_nothing(text: str, columns: int) -> None:
     assert found.split() == f"label {text}".split()
     longest = max([len(word) for word in text.split()] or [0]) + 11
     assert all(len(line) <= max(columns, 30, longest) for line in found.splitlines())
+
+
+def test_how_many_more_there_are() -> None:
+    assert list(more(0, "unit")) == []
+    assert list(more(2, "unit")) == ["2 more units; --json has more"]
+    assert list(more(2, "process", "processes")) == ["2 more processes; --json has more"]

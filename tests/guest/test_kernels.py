@@ -125,7 +125,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Boot:
         comparison(folder, RANDOM_SCENARIOS),
         tests,
         REMOVABLE,
-        environment={"KSMD_CTL_CONTENTS": "600", "KSMD_CTL_PAGES": "200"},
+        environment={"KSMD_CTL_PAGES": "200"},
     )
 
 

@@ -15,7 +15,7 @@ NOT_EMULATED = (
     *("--deselect", f"{SHARING}::test_a_sample_of_much"),
     *("--deselect", f"{SHARING}::test_a_process_that_keeps_its_readers_waiting_holds_nobody_up"),
 )
-FEW_PAGES = {"KSMD_CTL_CONTENTS": "600", "KSMD_CTL_PAGES": "200"}
+FEW_PAGES = {"KSMD_CTL_PAGES": "200"}
 
 
 @pytest.mark.parametrize("kernel", ["6.1", "6.12"])
