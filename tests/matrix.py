@@ -272,15 +272,23 @@ def judged(parts: Sequence[Part], count: int, without: Container[str] = (), doma
     apart_least = {name: share for name, share in LEAST_DOMAINS.items() if name != "migration" or parts[0].nodes > 2}
     least = (LEAST, apart_least, {ACROSS: LEAST_ACROSS})
     for part, number, shares in zip(by_kind(parts, count, domains), numbers, least, strict=True):
-        wrong += [
-            f"only {part.happened.get(name, 0)} of {number} random scenarios with a {name}"
-            for name, share in shares.items()
-            if part is not None and name not in without and part.happened.get(name, 0) < share * number
-        ]
+        if part is not None:
+            wrong += too_few(part.happened, number, shares, without)
     apart = by_kind(parts, count, domains)[1]
     if apart is not None and apart.happened.get(ACROSS):
         wrong.append(f"{apart.happened[ACROSS]} of {domains} random scenarios with a {ACROSS}, and none may have one")
     return wrong
+
+
+def too_few(
+    happened: Mapping[str, int], number: int, shares: Mapping[str, float], without: Container[str]
+) -> list[str]:
+    """What happened in too few random scenarios of a number to be a comparison of it."""
+    return [
+        f"only {happened.get(name, 0)} of {number} random scenarios with a {name}"
+        for name, share in shares.items()
+        if name not in without and happened.get(name, 0) < share * number
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -29,6 +29,9 @@ from ksmd_ctl.transactions.transaction import unmerging_seconds
 _WHAT: Final = "switching merging"
 # For the calls that switch one process; un-merging it takes its time beside.
 _CALLS_SECONDS: Final = 480.0
+# Linux's largest user address space on x86-64, with five levels of page tables.
+_LAST_ADDRESS: Final = 1 << 56
+_PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +68,26 @@ class SwitchOrder:
             why = "QEMU's monitor switches whole memory backends, not addresses"
             raise UsageError(_WHAT, why, hint="--method inject switches addresses")
         for start, end in self.ranges:
-            if not 0 <= start < end <= 1 << 56:
-                why = f"{start:#x}-{end:#x} is no range of addresses"
-                raise UsageError(_WHAT, why, hint="/proc/PID/maps has those of a process")
+            if why := _range_error(start, end):
+                hint = "/proc/PID/maps has those of a process"
+                raise UsageError(_WHAT, f"the range {start:x}-{end:x} {why}", hint=hint)
 
     @property
     def words(self) -> str:
         """As on a command line: ``off --pid 1234``."""
         whose = f"--pid {self.pid}" if self.pid is not None else f"--unit {self.unit}" if self.unit else ""
         return f"{'on' if self.on else 'off'} {whose or f'--vm {self.vm}'}"
+
+
+def _range_error(start: int, end: int) -> str:
+    """What is wrong with a range of addresses; empty where it is fine."""
+    if start >= end:
+        return "ends before it has begun"
+    if start < 0 or end > _LAST_ADDRESS:
+        return "ends behind the addresses that a process has"
+    if (start | end) % _PAGE_SIZE:
+        return f"does not begin and end with a page (of {_PAGE_SIZE} bytes)"
+    return ""
 
 
 @dataclass(slots=True)

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,14 @@ import pytest
 from ksmd_ctl.cli import main as command_line
 from ksmd_ctl.cli import verify
 from ksmd_ctl.cli.terminal import ProgressLine
+from ksmd_ctl.scenario import generate_domains
 from ksmd_ctl.scenario.compare import Result, Verdict
 from ksmd_ctl.scenario.format import LIBRARY, load
+from ksmd_ctl.scenario.generate import Abilities, generate
 from ksmd_ctl.scenario.model import Scenario
 from ksmd_ctl.scenario.session import Fact, Session, engine_for
 from tests import matrix
+from tests.guest.test_kernels import RANDOM_SCENARIOS, SEED
 
 GOOD = """
 format = 1
@@ -258,6 +264,38 @@ def test_the_matrix_says_what_happened_on_each_kernel_and_what_can_not() -> None
     assert "6.1 with 2 nodes, zero subpage: a split gives no zeroes back (6.12)" in text
     assert all(name in matrix.LEAST for lacking in matrix.NEVER.values() for name in lacking)
     assert {*matrix.LEAST, *matrix.LEAST_DOMAINS, matrix.ACROSS} <= {fact.value for fact in Fact}
+
+
+class TwoNodes(Session):
+    """The engine as a guest's kernel is: with two nodes, the second of which can lose memory."""
+
+    @property
+    def nodes(self) -> int:
+        return 2
+
+    def abilities(self) -> Abilities:
+        # prctl came with 6.4.
+        return replace(super().abilities(), offline=frozenset({1}), merge=self.profile != "6.1")
+
+
+def happened(profile: str, count: int, make: Callable[[int, int, Abilities], Scenario]) -> dict[str, int]:
+    session = TwoNodes(profile)
+    for number in range(count):
+        session.run(make(SEED, number, session.abilities()))
+    return {fact.value: many for fact, many in session.happened.items()}
+
+
+def test_few_random_scenarios_of_the_guests_seed_have_everything_that_can_happen() -> None:
+    count = RANDOM_SCENARIOS
+    for kernel in ("6.1", "6.12"):
+        never = matrix.never(kernel, 2)
+        assert matrix.too_few(happened(kernel, count, generate), count, matrix.LEAST, never) == []
+    apart, across = (partial(generate_domains.generate, mode=mode) for mode in generate_domains.Mode)
+    found = happened("6.12", count, apart)
+    assert matrix.too_few(found, count, matrix.LEAST_DOMAINS, ["migration"]) == []
+    assert matrix.ACROSS not in found
+    few = count // matrix.ACROSS_EVERY
+    assert matrix.too_few(happened("6.12", few, across), few, {matrix.ACROSS: matrix.LEAST_ACROSS}, ()) == []
 
 
 def test_the_matrix_leaves_scenarios_to_the_guests_that_can_run_them() -> None:

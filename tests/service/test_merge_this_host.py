@@ -113,7 +113,7 @@ def test_processes_that_are_none(config: Path, action: tuple[str, ...]) -> None:
 def test_a_kernel_thread(config: Path, action: tuple[str, ...]) -> None:
     if Path("/proc/2/comm").read_text() != "kthreadd\n":
         pytest.skip("no kernel thread is seen here")
-    expect(config, ExitCode.CHECK_FAILED, "it is a kernel thread", *action, "--pid", "2")
+    expect(config, ExitCode.REFUSED, "it is a kernel thread", *action, "--pid", "2")
 
 
 @pytest.mark.parametrize("action", ACTIONS, ids=" ".join)
@@ -132,7 +132,9 @@ def test_init_and_itself(config: Path, action: tuple[str, ...]) -> None:
 def test_addresses_of_nobody(config: Path, target: Target, action: tuple[str, ...]) -> None:
     words = (*action, "--pid", str(target.process.pid), "--range")
     expect(config, ExitCode.REFUSED, "nothing there can be merged", *words, "1000-2000")
-    expect(config, ExitCode.USAGE, "no range of addresses", *words, "ffffffffff600000-ffffffffff601000")
+    expect(
+        config, ExitCode.USAGE, "behind the addresses that a process has", *words, "ffffffffff600000-ffffffffff601000"
+    )
 
 
 @pytest.mark.parametrize("action", ACTIONS, ids=" ".join)

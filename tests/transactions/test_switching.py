@@ -53,6 +53,7 @@ def done(
         SwitchOrder(True, unit="a.service", ranges=((0, 1),)),
         SwitchOrder(True, 11, ranges=((4096, 0),)),
         SwitchOrder(True, 11, ranges=((0, 1 << 57),)),
+        SwitchOrder(True, 11, ranges=((0, 4097),)),
         SwitchOrder(True, 11, ranges=((0, 4096),), method=Method.QMP),
     ],
 )
