@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from random import Random
 
-
 from tests.weeks.loads import LOADS
 from tests.weeks.promises import HOUR, Promises
 from tests.weeks.world import World
