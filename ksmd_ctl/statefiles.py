@@ -98,7 +98,8 @@ def host_locked(runtime_directory: str, state_directory: str, who: str) -> Itera
     with HostLock(Path(runtime_directory) / LOCK, who) as lock, ExitStack() as stack:
         hint = "it has another runtime directory, as in a pod or a container: stop it there first"
         with suppress(NotRecorded, Denied, UsageError):
-            stack.enter_context(HostLock(Path(state_directory) / LOCK, who, hint))
+            if not (os.path.isdir(state_directory) and os.path.samefile(state_directory, runtime_directory)):
+                stack.enter_context(HostLock(Path(state_directory) / LOCK, who, hint))
         yield lock
 
 

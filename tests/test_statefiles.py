@@ -112,3 +112,10 @@ def test_a_state_directory_that_cannot_be_is_no_lock(tmp_path: Path) -> None:
     (tmp_path / "state").touch()
     with host_locked(*folders(tmp_path, "run", "state"), "ksmd-ctl daemon") as lock:
         assert lock.path == tmp_path / "run" / LOCK
+
+
+def test_one_directory_for_both_has_one_lock(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for state in (tmp_path, tmp_path / "link"):
+        with host_locked(str(tmp_path), str(state), "ksmd-ctl daemon"):
+            assert holder(tmp_path / LOCK) == f"ksmd-ctl daemon (pid {os.getpid()})"
