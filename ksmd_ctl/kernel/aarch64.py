@@ -5,16 +5,20 @@ Where the thread goes on within the reach of a branch (128 MiB), as in the C lib
 
     svc #0; ldr x0, saved_x0; ... the six others that a call changes or takes ...; b where_it_was
 
-A jump to any other place takes a register, so there rt_sigreturn(2) restores all of them, from a frame that lies behind
-the instructions. Signals wait from before its stack pointer is that frame, on which no handler could run, until the frame
-gives back those that were blocked. An alternate stack stays as it is: the frame has an invalid one, which the kernel
-ignores. The process may be filtered (`seccomp(2)`), or have registers that this frame has not: then it is refused.
+To jump anywhere else takes a register. So there rt_sigreturn(2) restores all of them, from a frame behind the
+instructions:
 
-What the kernel does at the end of a call that a stop interrupts it does before the stop: the registers that a tracer
-finds restart the call already (arch/arm64/kernel/signal.c:do_signal). Only where a call is to go on (restart_syscall(2):
-nanosleep, futex with a timeout) the number of that comes after the stop; so such a thread goes on until it enters that.
-And only if it leaves the stop as it came does a signal's handler interrupt a call that is not to be restarted then. So a
-thread that was in a call is left where it enters it again.
+    svc #0; rt_sigprocmask(SIG_BLOCK, all of them); mov sp, frame; rt_sigreturn()
+
+No handler could run on that frame, so signals wait until it gives back what was blocked. It has an invalid alternate
+stack, which the kernel ignores: the thread's own stays. After rt_sigreturn a call does not go on where it was
+(restart_syscall(2)): it begins again, or ends with EINTR where it has gone on before. A thread whose filters refuse
+these calls, or with registers that the frame has not, is refused there.
+
+Registers that a tracer finds restart a call already (arch/arm64/kernel/signal.c:do_signal), but two things come after
+the stop. A call that is to go on (nanosleep, futex with a timeout) gets the number of restart_syscall: such a thread
+goes on until it enters that. And a signal's handler has a call end with EINTR only if the thread leaves the stop as it
+came. So one that was in a call is let go where it enters it again.
 """
 
 from __future__ import annotations

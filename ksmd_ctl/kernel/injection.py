@@ -57,7 +57,8 @@ from ksmd_ctl.kernel.threads import Thread, choose, signal_waits
 from ksmd_ctl.kernel.traceable import AT_START
 from ksmd_ctl.kernel.x86_64 import X86_64Code
 
-_CODES: Final[Mapping[str, Code]] = {X86_64.name: X86_64Code(), AARCH64.name: Aarch64Code()}
+#: The instructions for each kind of processor, by its name.
+CODES: Final[Mapping[str, Code]] = {X86_64.name: X86_64Code(), AARCH64.name: Aarch64Code()}
 _OWN_CALLS: Final = "it handles system calls itself (PR_SET_SYSCALL_USER_DISPATCH, SIGSYS), as Wine does"
 
 # Of two that want to run: first who has stopped somebody, last who must not end before the other has run.
@@ -104,7 +105,7 @@ def inject(
     :raises Rejected: a 32-bit program
     :raises TimedOut: it did not stop; it is let go when this process ends
     """
-    code = _CODES[architecture().name]
+    code = CODES[architecture().name]
     with Held(process, root) as held, waiting(), _niced(_FIRST):
         thread = choose(process.pid, f"having process {process.pid} make a system call", root)
         held.verify()
@@ -408,7 +409,7 @@ class _Job:
     def enter_again(self, stop: Stop) -> None:
         """From a stop, where it has its own registers again, into the call that it was in. It ends up stopped.
 
-        Signals that are about to be delivered are held back until then, and sent again, so that they interrupt the call.
+        Signals that are about to be delivered are held back until then, and sent again: so they interrupt the call.
         """
         came: list[tuple[int, bytes]] = []
         self.step("enter again")

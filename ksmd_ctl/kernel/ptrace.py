@@ -79,7 +79,7 @@ def need_ptrace(what: str) -> None:
 
 
 def sent_by_us(info: bytes) -> bool:
-    """Whether `Tracee.send` has sent a signal that comes with this; another process of the same kind is not told apart."""
+    """Whether `Tracee.send` has sent a signal that comes with this (siginfo_t)."""
     code, sender = struct.unpack_from("<i4xi", info, 8)
     # In a pid namespace of its own it is told no sender.
     return code == _SI_TKILL and sender in (0, os.getpid())
@@ -271,9 +271,7 @@ class Tracee:
             raise self._error("ptrace", error) from error
         return memory.raw
 
-    def _ptrace(
-        self, name: str, request: int, address: int = 0, data: syscalls.Data = 0
-    ) -> None:
+    def _ptrace(self, name: str, request: int, address: int = 0, data: syscalls.Data = 0) -> None:
         try:
             syscalls.ptrace(request, self.tid, address, data)
         except OSError as error:

@@ -3,8 +3,8 @@
 
     syscall; mov saved_rax(%rip), %rax; ... the eight others that a call changes or takes ...; jmp *saved_rip(%rip)
 
-Flags and extended registers (SSE, AVX, ...) are not changed by a system call, nor by these instructions, so nobody saves
-them. A shadow stack does not matter, as nothing returns.
+Flags and extended registers (SSE, AVX, ...) are not changed by a system call, nor by these instructions, so nobody
+saves them. A shadow stack does not matter, as nothing returns.
 """
 
 from __future__ import annotations

@@ -21,7 +21,15 @@ from tests.guest.qemu import fetch_programs
 from tests.guest.tools import CHECKOUT, call, require
 
 SUITE, ARCHITECTURE = "trixie", "arm64"
-PACKAGES = ("busybox-static", "libnuma1", "python3", "python3-hypothesis", "python3-psutil", "python3-pytest", "util-linux")
+PACKAGES = (
+    "busybox-static",
+    "libnuma1",
+    "python3",
+    "python3-hypothesis",
+    "python3-psutil",
+    "python3-pytest",
+    "util-linux",
+)
 #: `max` has SVE, SME and pointer authentication; the other one has none of them.
 CPUS = ("max,pauth-impdef=on", "cortex-a72")
 INIT = """\
@@ -48,7 +56,10 @@ def kernel_and_root() -> tuple[Path, Path]:
 
 def compiler() -> Sequence[str]:
     """The words that compile for this machine, in the folder /mnt of a mount namespace of their own."""
-    return [str(fetch_programs("aarch64/gcc", SUITE, "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross")), "/usr/bin/aarch64-linux-gnu-gcc"]
+    return [
+        str(fetch_programs("aarch64/gcc", SUITE, "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross")),
+        "/usr/bin/aarch64-linux-gnu-gcc",
+    ]
 
 
 def compiled(source: Path, folder: Path, *options: str) -> Path:
@@ -61,7 +72,9 @@ def compiled(source: Path, folder: Path, *options: str) -> Path:
     return program
 
 
-def run(script: str, extra: Path, *, cpu: str = CPUS[0], timeout_seconds: float = 1800, console: Path | None = None) -> int:
+def run(
+    script: str, extra: Path, *, cpu: str = CPUS[0], timeout_seconds: float = 1800, console: Path | None = None
+) -> int:
     """Boot a guest and run a shell script in a copy of the checkout; its exit status. What it says is passed on.
 
     :param extra: a folder whose files the guest finds below /extra

@@ -53,7 +53,7 @@ def source(suite: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """One suite of the archive, with lists and state of its own in `folder`; for another architecture if one is named."""
+    """One suite of the archive, with lists and state of its own in `folder`; of this architecture if none is named."""
 
     name: str
     folder: Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Programs of another Debian, unpacked in the cache with all that they need: to be run with that folder as their root."""
+"""Programs of another Debian, unpacked in the cache with all that they need: that folder is to be their root."""
 
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def fetch(suite: str) -> Path:
 
 
 def fetch_programs(name: str, suite: str, *packages: str) -> Path:
-    """Return a root file system with this suite's packages in it, from the cache by its name or else from the archive."""
+    """Return a root file system with packages of this suite, from the cache by its name or else from the archive."""
     return cache.keep(name, partial(_build, suite, packages), f"fetching {' '.join(packages)} from Debian {suite}")
 
 
