@@ -13,10 +13,10 @@ program, its libraries and its stack are not written to.
 
 While all goes well this process puts the registers back, at a stop of the same kind as the first one (in get_signal):
 so the kernel restarts the call that was interrupted (ERESTARTSYS and its kin, ERESTART_RESTARTBLOCK), or lets a
-signal's handler interrupt it, as if nobody had been there. On aarch64 only the kernel itself can tell what the thread's
-own stop was to be followed by, so there the thread is left where it enters that call again, and what signals came
-meanwhile are sent to it there once more. The instructions themselves can only restart the call. Some calls
-end with EINTR at each stop, as epoll_wait(2): the thread makes these again, a timeout of theirs from its beginning.
+signal's handler interrupt it, as if nobody had been there. On aarch64 registers do not tell the kernel to do so: the
+thread is let go where it enters that call again, and signals that came meanwhile are sent to it there once more. The
+instructions themselves can only restart the call. Some calls end with EINTR at each stop, as epoll_wait(2): the thread
+makes these again, a timeout of theirs from its beginning.
 
 A signal that comes meanwhile is delivered with the thread's own registers, and the call begun again. A thread is left
 to go on for a moment where it is in a restartable sequence (rseq(2)), or still in instructions of somebody who was
@@ -187,6 +187,8 @@ class _Job:
         self.step("interrupt")
         call = self.code.call_of(self.pid, self.thread.tid, self.root)
         self.tracee.interrupt()
+        if not self.running:
+            self.resume()
         self.wait_asked()
         # A program that executed another one since has other memory.
         self.memory.close()
@@ -369,8 +371,8 @@ class _Job:
         if stop.syscall:
             return
         self.step("signal")
-        at = self.tracee.registers()[self.pc]
-        refused = stop.signal_to_deliver == signal.SIGSYS and at == self.place + len(self.syscall)
+        after = self.place + len(self.syscall)
+        refused = stop.signal_to_deliver == signal.SIGSYS and self.tracee.registers()[self.pc] == after
         self.tracee.set_registers(saved)
         self.inside = False
         if refused:

@@ -30,7 +30,7 @@ PACKAGES = (
     "python3-pytest",
     "util-linux",
 )
-#: `max` has SVE, SME and pointer authentication; the other one has none of them.
+#: The first has SVE, BTI and pointer authentication, the other one has none of them.
 CPUS = ("max,pauth-impdef=on", "cortex-a72")
 INIT = """\
 #!/bin/busybox sh
@@ -54,21 +54,13 @@ def kernel_and_root() -> tuple[Path, Path]:
     return tree / "vmlinuz", tree / "root.cpio"
 
 
-def compiler() -> Sequence[str]:
-    """The words that compile for this machine, in the folder /mnt of a mount namespace of their own."""
-    return [
-        str(fetch_programs("aarch64/gcc", SUITE, "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross")),
-        "/usr/bin/aarch64-linux-gnu-gcc",
-    ]
-
-
 def compiled(source: Path, folder: Path, *options: str) -> Path:
     """A program for this machine, made in a folder beside a copy of its source."""
-    root, gcc = compiler()
+    root = fetch_programs("aarch64/gcc", SUITE, "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross")
     shutil.copy(source, folder)
     program = folder / "-".join((source.stem, *options))
-    command = ["-O1", "-w", "-pthread", "-o", f"/mnt/{program.name}", f"/mnt/{source.name}", *options]
-    _in_root(Path(root), folder, [gcc, *command])
+    command = ["/usr/bin/aarch64-linux-gnu-gcc", "-O1", "-w", "-pthread", "-o", f"/mnt/{program.name}"]
+    call(_chrooted(root, folder, [*command, f"/mnt/{source.name}", *options]), hint="this needs root")
     return program
 
 
@@ -124,10 +116,6 @@ def _watched(command: Sequence[str | Path], timeout_seconds: float, console: Pat
 def _chrooted(root: Path, folder: Path, words: Sequence[str]) -> list[str | Path]:
     script = 'mount --bind "$0" "$1/mnt" && exec chroot "$@"'
     return ["unshare", "--mount", "sh", "-c", script, folder, root, *words]
-
-
-def _in_root(root: Path, folder: Path, words: Sequence[str]) -> None:
-    call(_chrooted(root, folder, words), hint="this needs root")
 
 
 def _build(tree: Path) -> None:

@@ -8,6 +8,7 @@
 //   busy     the same filter, and one call after the other
 //   wait     waits for input
 //   rseq     counts in restartable sequences, and the same without (x86-64)
+//   sve      holds values in SVE registers, without any system call (aarch64)
 //   exec     replaces itself again and again
 #define _GNU_SOURCE
 #include <errno.h>
@@ -184,6 +185,18 @@ static void spin(void)
 			wrong("vector registers");
 		if (n % 64 == 0)
 			check_memory();
+	}
+}
+
+static void sve(void)
+{
+	while (!over) {
+		long bad;
+		asm volatile(".arch_extension sve\n ptrue p0.b\n dup z0.b, #7\n mov %0, #0x10000\n"
+			     "1: subs %0, %0, #1\n b.ne 1b\n"
+			     "dup z1.b, #7\n cmpne p1.b, p0/z, z0.b, z1.b\n cset %0, ne\n" : "=&r"(bad) :: "v0", "v1", "cc");
+		if (bad)
+			wrong("SVE registers");
 	}
 }
 #endif
@@ -366,6 +379,10 @@ int main(int count, char **argument)
 		sleep_in_many_ways();
 	else if (!strcmp(mode, "filter") || !strcmp(mode, "busy"))
 		filtered(!strcmp(mode, "busy"));
+#ifdef __aarch64__
+	else if (!strcmp(mode, "sve"))
+		sve();
+#endif
 #if defined RSEQ_SIG && defined __x86_64__
 	else if (!strcmp(mode, "rseq"))
 		sequences();

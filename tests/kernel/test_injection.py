@@ -105,8 +105,10 @@ def test_a_program_does_not_notice(program: Path, mode: tuple[str, ...], count: 
         assert target.program.returncode == 0
 
 
-def test_a_static_program_does_not_notice(static: Path) -> None:
-    with started(static, "spin", "200") as target:
+@pytest.mark.parametrize("mode", [("spin", "200"), ("sleep",)], ids=lambda mode: str(mode[0]))
+def test_a_static_program_does_not_notice(static: Path, mode: tuple[str, ...]) -> None:
+    """It lies far from its vDSO."""
+    with started(static, *mode) as target:
         assert in_child(switched(target.process, 100)) == 0
         assert target.end().startswith("0 errors")
 
@@ -135,6 +137,19 @@ def test_a_filter_that_permits_little_more_than_read_and_write(program: Path, mo
             assert target.program.wait(30) == -signal.SIGSYS
 
 
+def test_a_static_program_with_a_filter_that_refuses_rt_sigreturn(static: Path) -> None:
+    """On aarch64 it could not restore itself."""
+    with started(static, "filter") as target:
+        assert target.ask("a") == "a"
+        if MACHINE is X86_64:
+            assert in_child(switched(target.process, 2)) == 0
+        else:
+            with pytest.raises(Refused, match="filters refuse rt_sigreturn"):
+                inject(target.process, [ON])
+        assert target.ask("b") == "b"
+        assert target.status("Seccomp") == "2"
+
+
 def test_strict_seccomp() -> None:
     code = (
         "import ctypes,os,sys\nprint(os.getpid(),flush=True)\nsys.stdin.buffer.raw.read(1)\n"
@@ -151,8 +166,9 @@ def test_strict_seccomp() -> None:
 # -- states in which a process may be ------------------------------------------------------------------------
 
 
-def test_a_stopped_process_stays_stopped(program: Path) -> None:
-    with started(program, "spin") as target:
+@pytest.mark.parametrize("mode", ["spin", "wait"])
+def test_a_stopped_process_stays_stopped(program: Path, mode: str) -> None:
+    with started(program, mode) as target:
         os.kill(target.process.pid, signal.SIGSTOP)
         os.waitpid(target.process.pid, os.WUNTRACED)
         assert in_child(switched(target.process, 20)) == 0
@@ -175,6 +191,16 @@ def test_a_debugged_process_is_left_to_its_debugger(program: Path) -> None:
                 inject(target.process, [ON])
             assert "debugger" in caught.value.hint
             assert target.status("State").startswith("R")
+        assert target.end().startswith("0 errors")
+
+
+def test_a_program_that_computes_with_sve_is_refused(program: Path) -> None:
+    """Any system call would discard these registers."""
+    if " sve " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no SVE")
+    with started(program, "sve") as target:
+        with pytest.raises(Refused, match="SVE registers"):
+            inject(target.process, [ON])
         assert target.end().startswith("0 errors")
 
 
@@ -360,6 +386,12 @@ def killed_at_each_step(target: Target, count: int, alive: Callable[[], None]) -
 def test_killed_at_any_moment_it_leaves_the_program_as_it_was(program: Path, mode: tuple[str, ...]) -> None:
     need_mode(mode[0])
     with started(program, *mode) as target:
+        killed_at_each_step(target, 60 * TIMES, lambda: None)
+        assert target.end().startswith("0 errors")
+
+
+def test_killed_at_any_moment_it_leaves_a_static_program_as_it_was(static: Path) -> None:
+    with started(static, "spin", "100") as target:
         killed_at_each_step(target, 60 * TIMES, lambda: None)
         assert target.end().startswith("0 errors")
 
