@@ -192,7 +192,7 @@ class Aarch64Code:
             return ""
         size, *_ = _header(tracee, _NT_ZA)
         if size > _HEADER_BYTES:
-            return "its SME registers (ZA) hold something, which rt_sigreturn(2) discards"
+            return "its matrix registers (ZA) hold something, which rt_sigreturn(2) discards"
         if any(tracee.register_set(_NT_GCS, _GCS_BYTES)[:8]):
             return "it has a shadow stack (GCS), and goes on where no branch from the vDSO reaches"
         if not (permits(_SIGRETURN) and permits(_SIGPROCMASK)):

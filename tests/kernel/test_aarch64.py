@@ -143,7 +143,7 @@ ZA = struct.pack("<IIHHHH", 4096, 4096, 32, 256, 0, 0)
         ({0x405: SVE}, True, "SVE", "SVE"),
         ({0x405: SVE[:12] + bytes(4)}, True, "", ""),
         ({0x40B: SVE}, True, "SVE", "SVE"),
-        ({0x40C: ZA}, True, "", "SME"),
+        ({0x40C: ZA}, True, "", "ZA"),
         ({0x410: (1).to_bytes(24, "little")}, True, "", "shadow stack"),
         ({}, False, "", "seccomp"),
     ],
