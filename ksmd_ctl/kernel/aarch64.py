@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -45,6 +46,7 @@ _REACH_BYTES: Final = 1 << 27
 _TRAP: Final = 0xD4200000
 _SVC: Final = int.from_bytes(AARCH64.syscall, "little")
 
+_TRIES, _PAUSE_SECONDS = 5, 0.0005
 _CLOCK_NANOSLEEP, _FUTEX, _NANOSLEEP = 115, 98, 101
 _SIGPROCMASK, _SIGRETURN = 135, 139
 _TIMER_ABSTIME: Final = 1
@@ -163,9 +165,15 @@ class Aarch64Code:
     result: Final = "x0"
 
     def call_of(self, pid: int, tid: int, root: Path) -> str:
+        said = ""
         with suppress(HostError):
-            return read_process_file(pid, f"task/{tid}/syscall", root)
-        return ""
+            for _ in range(_TRIES):
+                said = read_process_file(pid, f"task/{tid}/syscall", root)
+                if said[:1].isdigit():
+                    break
+                # It runs; on its way into a call it would end up there and not be known.
+                time.sleep(_PAUSE_SECONDS)
+        return said
 
     def made_again(self, found: Registers, call: str) -> Registers | None:
         return made_again(found, call)

@@ -457,8 +457,12 @@ class _Job:
             if self.saved is not None:
                 self.step("clear")
                 self.store(self.place, bytes(self.code.slot_bytes))
+            again = self.saved is not None and self.code.enters_again(self.memory, self.saved)
             self.step("detach")
             self.tracee.detach()
+            if again:
+                # The next one to stop it is to find it in its call.
+                self.code.call_of(self.pid, self.thread.tid, self.root)
         except NoSuchProcess:
             # Nothing is left to be put back.
             self.forget()
