@@ -7,13 +7,13 @@ beside it, which everybody may read.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
@@ -31,7 +31,7 @@ _MOST_BYTES = 1 << 16
 # What is wrong with the disk then, and not with the configuration that names the folder.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
-#: The name of the lock in the runtime directory.
+#: The name of the lock in the runtime directory, and in the state directory.
 LOCK = "lock"
 
 
@@ -41,24 +41,21 @@ class HostLock:
     The file stays behind: who removed it could remove the one that somebody else has locked meanwhile.
 
     :param who: what the holder is, for the one that comes second
+    :param hint: what that one is told to do
     :raises Refused: somebody else holds it; the text says who
     :raises NotRecorded: the disk is full or read-only
     :raises Denied: no permission
     :raises UsageError: something else is in the way
     """
 
-    def __init__(self, path: Path, who: str) -> None:
+    def __init__(self, path: Path, who: str, hint: str = "`ksmd-ctl status` shows what it does; stop it first") -> None:
         self.path = path
         what = "taking the lock of this host"
         make_directory(path.parent)
         try:
             self._descriptor = _lock(path)
         except BlockingIOError as error:
-            raise Refused(
-                what,
-                f"{_holder(path)} holds {path}",
-                hint="`ksmd-ctl status` shows what it does; stop it first",
-            ) from error
+            raise Refused(what, f"{_holder(path)} holds {path}", hint=hint) from error
         except OSError as error:
             raise _write_error(what, path, error, "choose another runtime_directory") from error
         try:
@@ -75,7 +72,7 @@ class HostLock:
     def release(self) -> None:
         if self._descriptor >= 0:
             # Its process may have lost the permission since, and one that has ended is nobody's holder anyway.
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 _holder_path(self.path).unlink()
             os.close(self._descriptor)
             self._descriptor = -1
@@ -87,6 +84,22 @@ class HostLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+@contextmanager
+def host_locked(runtime_directory: str, state_directory: str, who: str) -> Iterator[HostLock]:
+    """Be the only one who changes the knobs of this host; the lock that a service touches.
+
+    A pod or container has a runtime directory of its own, and the state directory in common with all others. Whoever
+    can't have a lock there changes no knob either: the first value of each is recorded in that directory before.
+
+    :raises KsmdError: as `HostLock`
+    """
+    with HostLock(Path(runtime_directory) / LOCK, who) as lock, ExitStack() as stack:
+        hint = "it has another runtime directory, as in a pod or a container: stop it there first"
+        with suppress(NotRecorded, Denied, UsageError):
+            stack.enter_context(HostLock(Path(state_directory) / LOCK, who, hint))
+        yield lock
 
 
 def holder(path: Path) -> str:
@@ -281,7 +294,7 @@ def replace_file(path: Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink()
         raise
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from ksmd_ctl.errors import Unreadable
-from ksmd_ctl.statefiles import MALFORMED, became_of, parse_json, put_aside, read_file, replace_file
+from ksmd_ctl.errors import Refused, Unreadable
+from ksmd_ctl.statefiles import (
+    LOCK,
+    MALFORMED,
+    became_of,
+    holder,
+    host_locked,
+    parse_json,
+    put_aside,
+    read_file,
+    replace_file,
+)
 
 
 def test_what_is_not_there_is_none(tmp_path: Path) -> None:
@@ -78,3 +88,27 @@ def test_what_can_not_be_put_aside_is_said_to_stay(tmp_path: Path) -> None:
 def test_what_python_reads_and_nobody_can_write_is_not_taken(text: str) -> None:
     with pytest.raises(MALFORMED):
         parse_json(text.encode())
+
+
+def folders(path: Path, *names: str) -> list[str]:
+    return [str(path / name) for name in names]
+
+
+def test_who_has_another_runtime_directory_is_refused_by_the_state_directory(tmp_path: Path) -> None:
+    here, pod, state = folders(tmp_path, "run", "pod", "state")
+    with host_locked(here, state, "ksmd-ctl daemon"):
+        with pytest.raises(Refused) as caught, host_locked(pod, state, "another"):
+            pass
+        assert caught.value.why == f"ksmd-ctl daemon (pid {os.getpid()}) holds {state}/lock"
+        assert "pod" in (caught.value.hint or "")
+        # What it had taken before is free again.
+        with host_locked(pod, *folders(tmp_path, "other"), "another") as lock:
+            assert lock.path == tmp_path / "pod" / LOCK
+    with host_locked(pod, state, "another"):
+        assert holder(tmp_path / "state" / LOCK) == f"another (pid {os.getpid()})"
+
+
+def test_a_state_directory_that_cannot_be_is_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "state").touch()
+    with host_locked(*folders(tmp_path, "run", "state"), "ksmd-ctl daemon") as lock:
+        assert lock.path == tmp_path / "run" / LOCK

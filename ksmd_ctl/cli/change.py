@@ -21,7 +21,7 @@ from ksmd_ctl.host.knobs import Knob, KnobValue
 from ksmd_ctl.host.operation import finish
 from ksmd_ctl.host.sample import HostKind
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs
-from ksmd_ctl.statefiles import LOCK, HostLock, became_of
+from ksmd_ctl.statefiles import became_of, host_locked
 from ksmd_ctl.transactions.change import check_declared, fitting_plan, plan_document, planning
 from ksmd_ctl.transactions.executor import Executor, TransactionRunner, run_to_end
 from ksmd_ctl.transactions.journal import TransactionJournal, transaction_document
@@ -125,7 +125,7 @@ def local(kind: str | None, root: str, config_path: str | None, who: str, *, cha
             directory = stack.enter_context(tempfile.TemporaryDirectory())
             config = dataclasses.replace(config, state_directory=directory, policy=PolicyName.OBSERVE)
         elif change:
-            stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, who))
+            stack.enter_context(host_locked(config.runtime_directory, config.state_directory, who))
         made = Local(host, config)
         for journal in (made.journal, made.executor.journal):
             if change and journal.damaged:

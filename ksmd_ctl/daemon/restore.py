@@ -29,7 +29,7 @@ from ksmd_ctl.history.model import history_path
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs, plan_stop
-from ksmd_ctl.statefiles import LOCK, HostLock
+from ksmd_ctl.statefiles import host_locked
 from ksmd_ctl.transactions.executor import Executor
 
 
@@ -83,7 +83,7 @@ def restore(options: DaemonOptions, load: Callable[[], Config]) -> int:
     with ExitStack() as stack:
         host, close = open_host(options, config)
         stack.callback(close)
-        stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon --restore"))
+        stack.enter_context(host_locked(config.runtime_directory, config.state_directory, "ksmd-ctl daemon --restore"))
         stack.callback(_remember, config, host, log, records)
         restore_after_verify(options, log)
         executor = Executor(host, SavedKnobs(Path(config.state_directory), host.identity))

@@ -35,7 +35,7 @@ from ksmd_ctl.errors import Absent, ExitCode
 from ksmd_ctl.host.sample import HostKind, Sample
 from ksmd_ctl.knobs.saved_knobs import SavedKnobs, ServiceRun
 from ksmd_ctl.privileged.host import KernelHost
-from ksmd_ctl.statefiles import LOCK, HostLock
+from ksmd_ctl.statefiles import host_locked
 from ksmd_ctl.transactions.executor import Executor
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -65,7 +65,7 @@ def serve(options: DaemonOptions, config: Config, load: Callable[[], Config]) ->
         need_ksm(sample)
         _need_knobs(config, sample)
         # Everything that can be refused is done before anything is written.
-        lock = stack.enter_context(HostLock(Path(config.runtime_directory) / LOCK, "ksmd-ctl daemon"))
+        lock = stack.enter_context(host_locked(config.runtime_directory, config.state_directory, "ksmd-ctl daemon"))
         restore_after_verify(options, log)
         metrics = None
         if config.metrics_listen:

@@ -110,7 +110,9 @@ def runtime_paths(text: str) -> tuple[str, ...]:
 
     In the hybrid layout runc before 1.0 leaves version 2 alone: there the process stays in the runtime's own service.
     """
-    return tuple(dict.fromkeys((systemd_path(text), cgroup_paths(text).get("name=systemd", "/"))))
+    paths = cgroup_paths(text)
+    # Version 1 on a host without systemd (Alpine with k3s) has no hierarchy of that name.
+    return tuple(dict.fromkeys((systemd_path(text), paths.get("name=systemd", paths.get("memory", "/")))))
 
 
 def unescape(name: str) -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Final
 
 _LOG_FOLDER: Final = "var/log/pods"
-_UID: Final = r"pod(?P<uid>[0-9a-f][0-9a-f_-]*)"
+# A digest, or what a static pod's manifest says: the API server's validation lets any text pass there.
+_UID: Final = r"pod(?P<uid>[0-9A-Za-z][0-9A-Za-z_-]*)"
 # kind, k3d and minikube run a kubelet inside of a container, whose cgroups are below that container's.
 _NODE: Final = (
     r"(?P<node>/docker/[0-9a-f]+|/system\.slice/docker-[0-9a-f]+\.scope"
@@ -30,18 +31,24 @@ _QOS: Final = r"(?:{0}(?:besteffort|burstable))?"
 # Under the systemd driver each slice has the name of the one that it is in before its own.
 _SLICE: Final = rf"(?:[\w.]+-)*?kubepods{_QOS.format('-')}-{_UID}\.slice"
 # Where a container runtime with its own cgroups is given a slice's name by the kubelet.
-_RUNTIME: Final = r"(?:/system\.slice(?:/(?:containerd|k3s|k3s-agent|rke2-server|rke2-agent)\.service)?)?"
+_SERVICES: Final = (
+    *("containerd", "crio", "k3s", "k3s-agent", "rke2-server", "rke2-agent", "k0scontroller", "k0sworker"),
+    *(r"snap\.microk8s\.daemon-containerd", r"snap\.microk8s\.daemon-kubelite", r"snap\.k8s\.containerd"),
+)
+_RUNTIME: Final = rf"(?:/system\.slice(?:/(?:{'|'.join(_SERVICES)})\.service)?)?"
+# The kubelet's --cgroup-root under the cgroupfs driver: beside systemd's own, where only root makes any.
+_CGROUP_ROOT: Final = r"(?:/(?!docker/|lxc/|libpod_parent/|user/|init/)[a-z][a-z0-9_-]*)?"
 _PLACE: Final = re.compile(
     # Outside of this process's cgroup namespace the kernel leaves out what both have in common (cgroup_namespaces(7)).
     rf"(?:{_NODE})?(?:(?:/[^/]+\.slice)*/{_SLICE}(?:/|$)"
-    rf"|(?:/kubelet)?(?:/[^/]+\.slice)?/kubepods{_QOS.format('/')}/{_UID.replace('uid', 'plain')}(?:/|$)"
+    rf"|{_CGROUP_ROOT}(?:/[^/]+\.slice)?/kubepods{_QOS.format('/')}/{_UID.replace('uid', 'plain')}(?:/|$)"
     rf"|{_RUNTIME}/{_SLICE.replace('uid', 'named')}:)"
     rf"|(?:/\.\.)+(?:(?:/[^/.][^/]*\.slice)*/{_SLICE.replace('uid', 'beside')}"
     rf"|(?:/kubepods)?{_QOS.format('/')}/{_UID.replace('uid', 'bare')})(?:/|$)",
     re.ASCII,
 )
 _ANY: Final = re.compile(rf"(?:{_NODE})?(?:/kubelet(?:\.slice)?)?/(?:kubelet-)?kubepods[.\-/]", re.ASCII)
-_FOLDER: Final = re.compile(r"([a-z0-9-]{1,63})_([a-z0-9.-]{1,253})_([0-9a-f][0-9a-f-]*)", re.ASCII)
+_FOLDER: Final = re.compile(r"([a-z0-9-]{1,63})_([a-z0-9.-]{1,253})_([0-9A-Za-z][0-9A-Za-z-]*)", re.ASCII)
 
 # What Kubernetes adds to a name is drawn from letters that make no words.
 _RANDOM: Final = "[bcdfghjklmnpqrstvwxz2456789]"

@@ -173,10 +173,9 @@ class _Job:
 
     def run(self) -> SwitchResult:
         was_on = _is_on(self.looked_at())
-        if self.request.on:
-            self.switch_on()
-        else:
-            self.switch_off()
+        turn = self.switch_on if self.request.on else self.switch_off
+        if not self.is_so_already():
+            turn()
         after = self.ranges()
         counts = read_counts(self.pid, self.root)
         done = _is_on(after)
@@ -204,6 +203,13 @@ class _Job:
             unmerged_pages=self.unmerged_pages,
             name=self.name,
         )
+
+    def is_so_already(self) -> bool:
+        """Whether no call is needed: all that is meant is as asked for, and what it maps from now on, too."""
+        on = self.request.on
+        if any(item.mergeable != on for item in self.ranges()):
+            return False
+        return bool(self.request.ranges) or read_counts(self.pid, self.root).merge_any is on
 
     def ranges(self) -> list[Range]:
         """The mappings that are meant and could merge."""

@@ -38,6 +38,7 @@ from tests.kernel.test_detection import filled, scan
 from tests.kernel.test_injection import DONE
 
 _PRCTL, _MADVISE = architecture().prctl, architecture().madvise
+NOTHING = "nothing was to be done"
 
 
 @pytest.fixture
@@ -70,8 +71,16 @@ def test_on_and_off(target: Target) -> None:
     assert state(Switch(target.process, False)) == (on.name, True) == ("switched", True)
     again = switched(Switch(target.process, True))
     assert (again.before, again.after) == (True, True)
+    part = mergeable(target.process.pid)[0]
+    same = switched(Switch(target.process, True, ((part.start, part.end),)))
+    assert (same.after, same.how, same.stopped_seconds) == (True, NOTHING, 0)
     off = switched(Switch(target.process, False))
     assert (off.before, off.after, off.left, off.mergeable_bytes) == (True, False, (), 0)
+    same = switched(Switch(target.process, False))
+    assert (same.before, same.after) == (False, False)
+    if read_counts(target.process.pid).merge_any is not None:
+        # Where the kernel tells that prctl is off, too, it is not stopped for that.
+        assert (same.how, same.stopped_seconds) == (NOTHING, 0)
     assert mergeable(target.process.pid) == []
     assert read_counts(target.process.pid).merge_any in (False, None)
     assert target.end().startswith("0 errors")
