@@ -18,7 +18,7 @@ these calls, or with registers that the frame has not, is refused there.
 Registers that a tracer finds restart a call already (arch/arm64/kernel/signal.c:do_signal), but two things come after
 the stop. A call that is to go on (nanosleep, futex with a timeout) gets the number of restart_syscall: such a thread
 goes on until it enters that. And a signal's handler has a call end with EINTR only if the thread leaves the stop as it
-came. So one that was in a call is let go where it enters it again.
+came. So one that was in a call is let go where it enters it again, unless that call ends with EINTR at each stop.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ _SVC: Final = int.from_bytes(AARCH64.syscall, "little")
 
 _TRIES, _PAUSE_SECONDS = 5, 0.0005
 _CLOCK_NANOSLEEP, _FUTEX, _NANOSLEEP = 115, 98, 101
+# Of those that stops end: reads and writes, which only end on sockets with a timeout.
+_RESTARTED_ELSEWHERE: Final = frozenset({63, 64, 65, 66, 202, 206, 207, 211, 212, 242, 243, 269})
 _SIGPROCMASK, _SIGRETURN = 135, 139
 _TIMER_ABSTIME: Final = 1
 _FUTEX_COMMANDS, _FUTEX_WAITS = 0x7F, frozenset({0, 9})
@@ -181,7 +183,10 @@ class Aarch64Code:
     def undecided(self, found: Registers) -> bool:
         return undecided(found)
 
-    def enters_again(self, memory: Memory, saved: Registers) -> bool:
+    def enters_again(self, memory: Memory, saved: Registers, *, ended: bool) -> bool:
+        # Being let go there ends one that each stop ends.
+        if ended or saved["x8"] in AARCH64.ended_by_stops - _RESTARTED_ELSEWHERE:
+            return False
         return memory.read(saved["pc"], len(AARCH64.syscall)) == AARCH64.syscall
 
     def obstacle(

@@ -100,8 +100,11 @@ class Code(Protocol):
     def undecided(self, found: Registers) -> bool:
         """Whether registers of a thread that is about to make a call tell that only once it has entered it."""
 
-    def enters_again(self, memory: Memory, saved: Registers) -> bool:
-        """Whether a thread that gets its registers back has to enter its call before it is let go."""
+    def enters_again(self, memory: Memory, saved: Registers, *, ended: bool) -> bool:
+        """Whether a thread that gets its registers back has to enter its call before it is let go.
+
+        :param ended: the call is one that its stop has ended
+        """
 
     def obstacle(
         self,

@@ -160,6 +160,7 @@ class _Job:
     """Calls made by one thread while it is stopped.
 
     :ivar saved: its own registers, while it is stopped and they are known
+    :ivar ended: its stop has ended a call, which is to be made again
     :ivar inside: its registers are not its own but those for a call, or after one
     """
 
@@ -177,6 +178,7 @@ class _Job:
         self.memory = Memory(pid, thread.tid, root)
         self.saved: Registers | None = None
         self.inside = False
+        self.ended = False
         self.running = True
         self.place = 0
         self.pointer = 0
@@ -195,7 +197,8 @@ class _Job:
         self.memory = Memory(self.pid, self.thread.tid, self.root)
         again = self.code.made_again(self.tracee.registers(), call)
         # Where a signal waits the program is to learn of it.
-        if again and self.calls_at(again) and not signal_waits(self.thread, self.pid, self.root):
+        self.ended = bool(again and self.calls_at(again) and not signal_waits(self.thread, self.pid, self.root))
+        if again and self.ended:
             self.step("again")
             self.tracee.set_registers(again)
         for _ in range(_TRIES):
@@ -383,7 +386,7 @@ class _Job:
         if not stop.asked:
             self.saved = None
             self.step("deliver")
-            if self.code.enters_again(self.memory, saved):
+            if self.code.enters_again(self.memory, saved, ended=self.ended):
                 self.enter_again(stop)
             else:
                 self.resume(stop.signal_to_deliver)
@@ -402,7 +405,7 @@ class _Job:
         self.step("put back")
         self.tracee.set_registers(saved)
         self.inside = False
-        if self.code.enters_again(self.memory, saved):
+        if self.code.enters_again(self.memory, saved, ended=self.ended):
             self.enter_again(stop)
         elif not stop.asked:
             self.resume(stop.signal_to_deliver)
@@ -457,12 +460,8 @@ class _Job:
             if self.saved is not None:
                 self.step("clear")
                 self.store(self.place, bytes(self.code.slot_bytes))
-            again = self.saved is not None and self.code.enters_again(self.memory, self.saved)
             self.step("detach")
             self.tracee.detach()
-            if again:
-                # The next one to stop it is to find it in its call.
-                self.code.call_of(self.pid, self.thread.tid, self.root)
         except NoSuchProcess:
             # Nothing is left to be put back.
             self.forget()

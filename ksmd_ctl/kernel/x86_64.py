@@ -100,7 +100,7 @@ class X86_64Code:
     def undecided(self, found: Registers) -> bool:
         return False
 
-    def enters_again(self, memory: Memory, saved: Registers) -> bool:
+    def enters_again(self, memory: Memory, saved: Registers, *, ended: bool) -> bool:
         # From its registers the kernel knows what is to be done with the call.
         return False
 

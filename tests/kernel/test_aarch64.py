@@ -122,6 +122,30 @@ def test_registers_for_a_call() -> None:
     assert found == {**saved, "x8": 167, "x0": 67, "x1": 1, "pc": PLACE, "pstate": 0x60001000}
 
 
+class FakeMemory:
+    """There is this instruction everywhere."""
+
+    def __init__(self, instruction: int) -> None:
+        self.instruction = instruction
+
+    def read(self, address: int, length: int) -> bytes:
+        return self.instruction.to_bytes(4, "little")[:length]
+
+
+def test_who_enters_a_call_again() -> None:
+    def again(number: int, instruction: int, ended: bool = False) -> bool:
+        memory, found = FakeMemory(instruction), {**ZEROES, "x8": number}
+        return Aarch64Code().enters_again(memory, found, ended=ended)  # type: ignore[arg-type]
+
+    assert again(101, SVC)
+    # A read: of a pipe, and of a socket with a timeout.
+    assert again(63, SVC)
+    assert not again(63, SVC, ended=True)
+    assert not again(101, 0xD2800008)
+    # epoll_pwait
+    assert not again(22, SVC)
+
+
 class FakeTracee:
     """Sets of registers by their kind; none of any other."""
 
