@@ -23,6 +23,7 @@ from tests.guest.tools import CHECKOUT, call, require
 SUITE, ARCHITECTURE = "trixie", "arm64"
 PACKAGES = (
     "busybox-static",
+    "coreutils",
     "libnuma1",
     "python3",
     "python3-hypothesis",

@@ -37,7 +37,7 @@ def run(programs: Path, *words: str, cpu: str, times: int = 1) -> None:
 
 @pytest.mark.parametrize("cpu", aarch64.CPUS)
 def test_a_program_does_not_notice(programs: Path, cpu: str) -> None:
-    """1,200 times for the one that checks its registers, and 240 times killed for each of three others."""
+    """The one that checks its registers is switched 1,200 times; of three, who switches is killed 240 times."""
     run(programs, "tests/kernel/test_injection.py", "tests/kernel/test_aarch64.py", cpu=cpu, times=4)
 
 
