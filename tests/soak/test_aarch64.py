@@ -43,5 +43,6 @@ def test_a_program_does_not_notice(programs: Path, cpu: str) -> None:
 
 def test_on_and_off(programs: Path) -> None:
     """VmFlags, ksm_stat, frames and contents, by prctl and by madvise."""
-    files = ("tests/kernel/test_switched_programs.py", "tests/kernel/test_switching.py", "tests/kernel/test_ptrace.py")
-    run(programs, *files, cpu=aarch64.CPUS[0])
+    switching = "tests/kernel/test_switching.py"
+    parts = (f"{switching}::test_on_and_off", f"{switching}::test_only_some_addresses", "tests/kernel/test_ptrace.py")
+    run(programs, "tests/kernel/test_switched_programs.py", *parts, cpu=aarch64.CPUS[0])
