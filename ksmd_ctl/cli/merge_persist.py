@@ -40,13 +40,16 @@ def settings(document: Mapping[str, object], root: Path, *, write: bool) -> list
         on, prctl = document.get("on") is True, knows_memory_merge()
         found[start] = setting_for(start, on=on, machine=machine, state=state, version=version, prctl=prctl)
     if write and not any(setting.path for setting in found.values()):
-        why = "none of what was switched is a service of this host's systemd"
+        why = "none of the processes is a service of this host's system manager"
         raise Refused(_WHAT, why, hint="--persist without `write` prints what belongs where")
     really = write and not document.get("dry_run")
+    if write:
+        # Where no systemd runs that could read it, nothing is written, and a dry run says so.
+        systemctl = Systemctl(root, hint="--persist without `write` prints what belongs where")
     if really:
         for setting in found.values():
             _write(setting, root)
-        Systemctl(root).reload()
+        systemctl.reload()
     return [
         {
             "starter": setting.start.starter.value,

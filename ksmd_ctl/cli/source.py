@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 
 from ksmd_ctl.cli.client import Conversation, NoService, socket_path
-from ksmd_ctl.cli.common import handling, write_json
+from ksmd_ctl.cli.common import ENDING, handling, write_json
 from ksmd_ctl.cli.terminal import WIDTH, ProgressLine, write_lines, write_wrapped
 from ksmd_ctl.errors import Denied, ExitCode, Unreachable
 from ksmd_ctl.figures import plural, seconds_text
@@ -170,7 +170,7 @@ def change(
 
 
 def carry_out(operation: Operation[T], line: ProgressLine) -> tuple[T, bool]:
-    """Carry something out in this process; its result, and whether Ctrl-C stopped it, as `ask` has it.
+    """Carry something out in this process; its result, and whether Ctrl-C or another end stopped it, as `ask` has it.
 
     :raises KsmdError: it failed
     """
@@ -185,7 +185,8 @@ def carry_out(operation: Operation[T], line: ProgressLine) -> tuple[T, bool]:
             raise KeyboardInterrupt
         operation.cancel()
 
-    with handling((signal.SIGINT,), stop):
+    # What nohup(1) has ignored goes on being so.
+    with handling((one for one in ENDING if signal.getsignal(one) is not signal.SIG_IGN), stop):
         return finish(operation, tell=lambda at: line.at(at.done, at.total, at.unit)), bool(pressed)
 
 

@@ -13,6 +13,9 @@ from ksmd_ctl.errors import Absent, Denied, Rejected, TimedOut
 
 _SECONDS: Final = 60.0
 _ALLOWED: Final = "AllowedMemoryNodes"
+_WITHOUT_SYSTEMD: Final = (
+    "limit processes by cpuset.mems of their control groups; `ksmd-ctl migrate` moves their memory"
+)
 # What systemctl says where the bus or polkit refuses.
 _DENIALS: Final = ("Access denied", "authentication required", "Permission denied")
 
@@ -21,15 +24,15 @@ class Systemctl:
     """The system manager of this host.
 
     :param root: where /run is looked for
-    :raises Absent: this host does not run systemd
+    :param hint: what to do where this host does not run systemd
+    :raises Absent: it does not
     """
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(self, root: Path = Path("/"), hint: str = _WITHOUT_SYSTEMD) -> None:
         # As sd_booted(3) does.
         found = shutil.which("systemctl") if (root / "run/systemd/system").is_dir() else None
         if found is None:
             why = "this host was not started with systemd"
-            hint = "limit processes by cpuset.mems of their control groups; `ksmd-ctl migrate` moves their memory"
             raise Absent("looking for systemd", why, hint=hint)
         self._command = found
 

@@ -115,8 +115,9 @@ def inject(
         try:
             tracee = Tracee(thread.tid)
         except Denied:
-            # Of one that ends just now the kernel says the same.
+            # Of one that ends just now the kernel says the same, and of one that somebody else has begun to trace.
             held.verify()
+            choose(process.pid, f"having process {process.pid} make a system call", root)
             raise
         job = _Job(process.pid, thread, tracee, code, root, step)
         began = clock()

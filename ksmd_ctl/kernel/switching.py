@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import NoSuchProcess, Refused, Rejected, Unmapped, errno_text
+from ksmd_ctl.errors import Denied, NoSuchProcess, Refused, Rejected, Unmapped, errno_text
 from ksmd_ctl.figures import plural
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Progress, Unshare, UnsharePart
@@ -193,7 +193,8 @@ class _Job:
             process=self.request.process,
             on=self.request.on,
             method=Method.INJECT,
-            how=", ".join([*how, _PRCTL_TEXT] if self.by_prctl else how) or "nothing was to be done",
+            how=", ".join([*how, _PRCTL_TEXT] if self.by_prctl else how)
+            or ("nothing was switched" if self.left else "nothing was to be done"),
             before=was_on,
             after=done,
             mergeable_bytes=sum(item.end - item.start for item in after if item.mergeable),
@@ -263,7 +264,14 @@ class _Job:
                     if why := STOPPED if self.stop() else self.unmerge(reader, on, group):
                         self.left.append(f"{plural(total - done, 'page')} of address space: {why}")
                         return
-                    self.madvise(_pieces(group) if not number else group, MADV_UNMERGEABLE)
+                    try:
+                        self.madvise(_pieces(group) if not number else group, MADV_UNMERGEABLE)
+                    except (Denied, Refused, Rejected) as error:
+                        # It could be called a moment ago: since then a debugger has come, for example.
+                        if not (self.unmerged_pages or self.advised):
+                            raise
+                        self.left.append(f"{plural(total - done, 'page')} of address space: {error.why}")
+                        return
                     done += _pages(group)
                     self.progress(Progress(done, total, "pages"))
             if number == 0 and not self.request.ranges and read_counts(self.pid, self.root).merge_any is not False:
@@ -286,7 +294,7 @@ class _Job:
             return ""
         self.unmerged_pages += found.unshared
         why = "; ".join(cause for cause in found.left if cause not in _BY_THE_CALL) or found.stopped
-        if why and not self.advised:
+        if why and not self.advised and not self.stop():
             hint = "what was un-merged merges again; free memory there, then try again"
             raise Refused(self.what, f"pages of it can't be un-merged: {why}", hint=hint)
         return why

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ksmd_ctl.errors import Absent, Cancelled, KsmdError, NoSuchProcess
+from ksmd_ctl.errors import Absent, Cancelled, HostError, KsmdError, NoSuchProcess
 from ksmd_ctl.figures import plural
 from ksmd_ctl.host.operation import Progress
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
+from ksmd_ctl.kernel.proc_pid import Held
 from ksmd_ctl.kernel.switching import state, switch, unmerge
 from ksmd_ctl.kernel.syscalls import knows_memory_merge
 from ksmd_ctl.switch.monitor import Marked, monitored, need_monitor, switch_by_monitor
@@ -87,10 +88,20 @@ def _off(request: Switch, *, root: Path, progress: Report, stop: Stop) -> Switch
         # There was no room, or no time: the monitor would not ask.
         return result
     try:
-        noted = switch_by_monitor(request.process, on=False, root=root, stop=stop)
+        said: SwitchResult | KsmdError = switch_by_monitor(request.process, on=False, root=root, stop=stop)
     except KsmdError as error:
-        return _by_itself(result, error)
-    return _both(result, noted, injected=result)
+        said = error
+    # Whatever the monitor has said and done, its memory is off now. It is looked at once more, and no call is made
+    # where it is so.
+    last = switch(request, root=root, progress=progress, stop=stop)
+    result = replace(
+        last,
+        how=result.how,
+        before=result.before,
+        stopped_seconds=max(result.stopped_seconds, last.stopped_seconds),
+        unmerged_pages=result.unmerged_pages + last.unmerged_pages,
+    )
+    return _by_itself(result, said) if isinstance(said, KsmdError) else _both(result, said, injected=result)
 
 
 def _by_itself(injected: SwitchResult, error: KsmdError) -> SwitchResult:
@@ -116,7 +127,12 @@ def _by_monitor(request: Switch, *, dry_run: bool, root: Path, progress: Report,
         # Where no monitor switches it, nothing is to be un-merged for that either.
         need_monitor(request.process, root)
         unmerged = unmerge(request, root=root, progress=progress, stop=stop)
-    came = switch_by_monitor(request.process, on=request.on, dry_run=dry_run, root=root, stop=stop)
+    try:
+        came = switch_by_monitor(request.process, on=request.on, dry_run=dry_run, root=root, stop=stop)
+    except HostError:
+        # A monitor that hangs up may have ended with its process.
+        with Held(request.process, root):
+            raise
     return replace(came, unmerged_pages=unmerged)
 
 

@@ -27,8 +27,9 @@ from ksmd_ctl.kernel.proc_pid import printable
 
 _WHAT: Final = "asking the QEMU monitor"
 _ANSWER_SECONDS: Final = 5.0
-#: A change un-merges what is still merged, with the machine waiting.
-_CHANGE_SECONDS: Final = 120.0
+#: A change un-merges what has merged again, with the machine waiting; all else was un-merged before.
+_CHANGE_SECONDS: Final = 30.0
+_OTHERWISE: Final = "--method inject does without it"
 # The list of all objects of a large machine has some hundred kilobytes.
 _MOST_BYTES: Final = 4 << 20
 _MOST_BACKENDS: Final = 4096
@@ -100,7 +101,8 @@ class Qmp:
             self._socket.settimeout(self._seconds)
             self._socket.sendall(json.dumps(message).encode() + b"\r\n")
         except OSError as error:
-            raise HostError(_WHAT, f"it hung up ({errno_text(error.errno or 0)})", errno=error.errno) from error
+            why = f"it hung up ({errno_text(error.errno or 0)})"
+            raise HostError(_WHAT, why, hint=_OTHERWISE, errno=error.errno) from error
         while True:
             answer = self._message(deadline)
             if "event" in answer or answer.get("id") != self._number:
@@ -108,7 +110,7 @@ class Qmp:
                 continue
             if isinstance(refusal := answer.get("error"), dict):
                 why = printable(str(refusal.get("desc") or refusal.get("class")), 300)
-                raise Rejected(f"{_WHAT} ({command})", why)
+                raise Rejected(f"{_WHAT} ({command})", why, hint=_OTHERWISE)
             if "return" not in answer:
                 raise self._nonsense(f"its answer to {command} has neither result nor error")
             return answer["return"]
@@ -123,7 +125,7 @@ class Qmp:
         try:
             found = load(line)
         except ValueError as error:
-            raise self._nonsense(str(error)) from error
+            raise self._nonsense("a message is no JSON") from error
         if not isinstance(found, dict):
             raise self._nonsense("a message is not an object")
         return found
@@ -139,15 +141,15 @@ class Qmp:
             why = "it does not answer: it takes one connection at a time, or the machine's main loop hangs"
             raise TimedOut(_WHAT, why, hint="end the other connection, or use --method inject") from error
         except OSError as error:
-            raise HostError(_WHAT, errno_text(error.errno or 0), errno=error.errno) from error
+            raise HostError(_WHAT, errno_text(error.errno or 0), hint=_OTHERWISE, errno=error.errno) from error
         if not part:
-            raise HostError(_WHAT, "it hung up")
+            raise HostError(_WHAT, "it hung up", hint=_OTHERWISE)
         self._buffer += part
         if len(self._buffer) > _MOST_BYTES:
             raise self._nonsense(f"a message is longer than {_MOST_BYTES} bytes")
 
     def _nonsense(self, why: str) -> HostError:
-        return Unparsable(_WHAT, f"what answers is no QMP monitor: {why}", hint="--method inject does without it")
+        return Unparsable(_WHAT, f"what answers is no QMP monitor: {why}", hint=_OTHERWISE)
 
     # -- memory ----------------------------------------------------------------------------------------------
 

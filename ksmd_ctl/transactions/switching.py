@@ -7,14 +7,14 @@ Before it is switched off, there has to be room to un-merge it on the host, on i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ksmd_ctl.codec import JSON, encode
 from ksmd_ctl.errors import ExitCode, KsmdError, Refused, TimedOut, UsageError
 from ksmd_ctl.host.interface import Host
-from ksmd_ctl.host.memory import Inventory, Process, ProcessId, UnmergeDemand
+from ksmd_ctl.host.memory import HomeRange, Inventory, Process, ProcessId, UnmergeDemand
 from ksmd_ctl.host.operation import Operation, Steps, outcome, waited
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.reports.document import part, parts
@@ -228,7 +228,7 @@ class Switching(Operation[SwitchOutcome]):
                     self._journal.put_back(before)
         result.cancelled = result.cancelled or self.cancelled
         errors = [one.came for one in result.processes if isinstance(one.came, KsmdError)]
-        if errors and len(errors) == len(result.processes):
+        if errors and len(errors) == len(result.processes) and not result.cancelled:
             raise errors[0]
         if order.on and not order.dry_run:
             # Before it was mergeable the list did not have it.
@@ -317,18 +317,18 @@ def _inventory(host: Host, order: SwitchOrder, limits: Limits) -> Steps[Inventor
     found = yield from waited(host.inventory(limits.floor_bytes))
     if not order.ranges:
         return found
+    size = host.identity.page_size_bytes
     memories = tuple(
-        replace(
-            memory,
-            ranges=tuple(
-                item
-                for item in memory.ranges
-                if any(item.start < end and start < item.end for start, end in order.ranges)
-            ),
-        )
-        for memory in found.memories
+        replace(memory, ranges=tuple(_touched(memory.ranges, order.ranges, size))) for memory in found.memories
     )
     return replace(found, memories=memories)
+
+
+def _touched(items: Iterable[HomeRange], ranges: Iterable[tuple[int, int]], page_size: int) -> Iterator[HomeRange]:
+    """What of mappings lies in ranges: at most all of its pages are merged."""
+    for item in items:
+        if touched := sum(max(min(item.end, end) - max(item.start, start), 0) for start, end in ranges):
+            yield replace(item, merged_pages=min(item.merged_pages, touched // page_size))
 
 
 def _rooms(host: Host, inventory: Inventory, processes: list[SwitchedProcess]) -> tuple[UnmergeDemand, ...]:

@@ -235,7 +235,8 @@ def test_persist_writes_for_units_only(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../etc.service", "a b.service", "x/y.service", "-.slice"])
-def test_a_name_that_is_no_units_is_not_written(tmp_path: Path, name: str) -> None:
+def test_a_name_that_is_no_units_is_not_written(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_persist, "Systemctl", lambda *_, **__: None)
     start = {"starter": "systemd", "name": name}
     document = {"on": True, "processes": [{"start": start, "machine": False}]}
     with pytest.raises(Refused, match="no unit's name"):
@@ -248,7 +249,20 @@ def test_a_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         raise PermissionError(13, "no")
 
     monkeypatch.setattr(merge_persist, "replace_file", refuse)
+    monkeypatch.setattr(merge_persist, "Systemctl", lambda *_, **__: None)
     (tmp_path / "etc/systemd/system").mkdir(parents=True)
     start = {"starter": "systemd", "name": "web.service"}
     with pytest.raises(Denied, match="EACCES"):
         merge_persist.settings({"on": True, "processes": [{"start": start}]}, tmp_path, write=True)
+
+
+def test_without_systemd_nothing_is_switched_or_written(run: Run) -> None:
+    (run.folder / "etc/systemd/system").mkdir(parents=True)
+    code, out, err = run("off", "--unit", "web", "--persist", "write", "--root", str(run.folder))
+    assert (code, out) == (ExitCode.LACKING, "")
+    assert err.splitlines() == [
+        "ksmd-ctl: looking for systemd: this host was not started with systemd",
+        "hint: --persist without `write` prints what belongs where",
+    ]
+    assert {dry_run for *_, dry_run in run.host.switches} <= {True}
+    assert list((run.folder / "etc/systemd/system").iterdir()) == []

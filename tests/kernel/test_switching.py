@@ -320,6 +320,42 @@ def test_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.left == ("512 pages of address space: it was asked to stop",)
 
 
+def test_a_stop_while_pages_are_un_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = private(16, 20, "mg")
+    kernel = Kernel(monkeypatch, [Range(item.start, item.end, item.flags, anonymous_pages=900, ksm_pages=900)])
+    stopped: list[bool] = []
+
+    def unshare(_: Unshare, **__: object) -> UnshareResult:
+        stopped.append(True)
+        return UnshareResult((UnsharedPart(7, {}),), stopped="it was asked to stop")
+
+    monkeypatch.setattr(switching, "unshare", unshare)
+    monkeypatch.setattr(switching, "reader_or_none", lambda _: nullcontext(object()))
+    found = switch(Switch(own(), False), stop=lambda: bool(stopped))
+    assert (kernel.calls, found.after, found.unmerged_pages) == ([], True, 7)
+    assert (found.how, found.left) == ("nothing was switched", ("1,024 pages of address space: it was asked to stop",))
+
+
+def test_who_begins_to_trace_it_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where something was done it is told, and what is left; else it is an error."""
+    monkeypatch.setattr(switching, "_GROUP_BYTES", 1 << 20)
+    kernel = Kernel(monkeypatch, [private(16, 20, "mg")])
+    traced = Refused("having process 1 make a system call", "strace (pid 7) traces it")
+
+    def inject(process: ProcessId, calls: Sequence[Call], *, root: Path) -> Injected:
+        if len(kernel.calls) == done:
+            raise traced
+        return kernel.inject(process, calls, root=root)
+
+    monkeypatch.setattr(switching, "inject", inject)
+    done = 2
+    found = switched(Switch(own(), False))
+    assert (found.after, found.left) == (None, ("512 pages of address space: strace (pid 7) traces it",))
+    kernel.ranges, kernel.calls, done = [private(16, 20, "mg")], [], 0
+    with pytest.raises(Refused, match="strace"):
+        switched(Switch(own(), False))
+
+
 pages = st.integers(1, 1 << 20).map(lambda number: number * PAGE_SIZE)
 
 

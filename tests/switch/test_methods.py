@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, Refused
+from ksmd_ctl.errors import Absent, CheckFailed, KsmdError, NoSuchProcess, Refused
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
@@ -37,11 +37,16 @@ class Injection:
         self.asked: list[Switch] = []
         self.outcome = outcome
         self.after: bool | None = False
+        self.last: SwitchResult | KsmdError | None = None
 
     def inject(self, request: Switch, **_: Any) -> SwitchResult:
         self.asked.append(request)
         if self.outcome is not None:
             raise self.outcome
+        if len(self.asked) > 1 and self.last is not None:
+            if isinstance(self.last, KsmdError):
+                raise self.last
+            return self.last
         found = switched(request.process, on=request.on)
         return found if request.on else replace(found, after=self.after)
 
@@ -67,9 +72,26 @@ def test_off_by_injected_calls_and_then_the_monitor_notes_it(tmp_path: Path) -> 
     with qemu(tmp_path) as process:
         injection = Injection()
         came = switch(process, injection)
-        assert injection.asked == [Switch(process, False)]
+        # And is looked at once more after that.
+        assert injection.asked == [Switch(process, False)] * 2
         assert came.how == "prctl(PR_SET_MEMORY_MERGE); qom-set merge=false of ram0, ram1 (QEMU 7.2.22)"
         assert (came.method, came.before, came.after) == (Method.INJECT, True, False)
+
+
+def test_a_monitor_that_has_done_the_opposite(tmp_path: Path) -> None:
+    with qemu(tmp_path) as process:
+        injection, off = Injection(), switched(process, on=False)
+        injection.last = replace(off, after=True, left=("1 page of address space",), how="nothing was switched")
+        came = switch(process, injection)
+        assert (came.before, came.after, came.left) == (True, True, ("1 page of address space",))
+
+
+def test_a_machine_that_has_ended_is_not_off(tmp_path: Path) -> None:
+    with qemu(tmp_path) as process:
+        injection = Injection()
+        injection.last = NoSuchProcess(f"process {process.pid}", "it is gone")
+        with pytest.raises(NoSuchProcess, match="it is gone"):
+            switch(process, injection)
 
 
 def test_where_some_stays_the_monitor_does_not_take_it_out(tmp_path: Path) -> None:
@@ -101,7 +123,7 @@ def test_a_qemu_whose_monitor_does_nothing(tmp_path: Path) -> None:
     with qemu(tmp_path, "9.1") as process:
         injection = Injection()
         came = switch(process, injection)
-        assert len(injection.asked) == 1
+        assert len(injection.asked) == 2
         assert "the monitor did not do it: QEMU 7.2.22 says that merge of ram0, ram1 is false" in came.how
         with pytest.raises(CheckFailed):
             switch(process, injection, method=Method.QMP)

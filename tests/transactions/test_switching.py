@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from ksmd_ctl.errors import Denied, ExitCode, NoSuchProcess, Refused, TimedOut, UsageError
+from ksmd_ctl.errors import Cancelled, Denied, ExitCode, NoSuchProcess, Refused, TimedOut, UsageError
 from ksmd_ctl.host.interface import Host
 from ksmd_ctl.host.memory import ProcessClass, ProcessId
 from ksmd_ctl.host.operation import finish
@@ -148,6 +148,11 @@ def test_only_what_ranges_touch_needs_room() -> None:
     assert host.asked[0].ranges == ((0, 4096),)
     with pytest.raises(Refused, match="on the host it takes"):
         done(host, SwitchOrder(on=False, pid=11, ranges=((11 << 24, (11 << 24) + 4096),)))
+    # Not what all of the mapping takes.
+    host.room_bytes = 4096
+    one_page = SwitchOrder(on=False, pid=11, ranges=((11 << 24, (11 << 24) + 4096),), dry_run=True)
+    document = done(host, one_page)
+    assert (document["processes"][0]["unmerged"], document["fits"]) == (1, True)
 
 
 def test_the_record_is_on_disk_before_the_switch(tmp_path: Path) -> None:
@@ -212,6 +217,16 @@ def test_it_stops_between_processes() -> None:
     document = cast(dict[str, Any], finish(switching).document())
     assert document["cancelled"] is True
     assert len(host.switches) == 1
+    assert exit_code(document) is ExitCode.TIMED_OUT
+
+
+def test_a_cancel_that_leaves_nothing_done_has_a_document() -> None:
+    host = machine()
+    switching = Switching(cast(Host, host), SwitchOrder(on=True, pid=11), LIMITS)
+    host.before_switch = switching.cancel
+    host.switch_outcomes = [Cancelled("switching", "it was cancelled")]
+    document = cast(dict[str, Any], finish(switching).document())
+    assert (document["cancelled"], document["processes"][0]["error"]["why"]) == (True, "it was cancelled")
     assert exit_code(document) is ExitCode.TIMED_OUT
 
 
