@@ -11,14 +11,14 @@ of whom it traces (kernel/exit.c:do_exit).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Final
 
 from ksmd_ctl.errors import Denied, Refused, Rejected
 from ksmd_ctl.kernel import syscalls
-from ksmd_ctl.kernel.injected_code import Call
+from ksmd_ctl.kernel.architecture import Call, architecture
 from ksmd_ctl.kernel.ptrace import Tracee
 from ksmd_ctl.kernel.seccomp import Action, action
 from ksmd_ctl.kernel.threads import Thread
@@ -26,9 +26,6 @@ from ksmd_ctl.kernel.traceable import AT_START
 
 # Address space of the zero page: its page tables are 8 MiB, and take about 20 ms to free.
 _ADDRESSES_BYTES: Final = 4 << 30
-# Calls that change nothing, one of which a filter may permit: read and write of no descriptor, madvise of nothing, ...
-_ANY_FD: Final = (1 << 64) - 1
-_HARMLESS: Final[tuple[Call, ...]] = ((1, _ANY_FD, 0, 0), (0, _ANY_FD, 0, 0), (28, 0, 0, 4), (39,), (24,), (3, _ANY_FD))
 _PERMITTED: Final = frozenset({Action.ALLOW, Action.LOG})
 _SURVIVED: Final = _PERMITTED | {Action.ERRNO}
 
@@ -42,18 +39,33 @@ def permit(tracee: Tracee, thread: Thread, calls: Sequence[Call], pointer: int, 
     :returns: for each call that would end the thread another one, which is to be entered first
     :raises Refused: they can't be suspended
     """
+    harmless_ones = architecture().harmless
     try:
-        # Mode 1 (strict) has no filter: read, write, _exit and rt_sigreturn, all else ends the thread.
-        filters = tracee.filters() if thread.seccomp == 2 else ()
-        verdicts = {call: action(filters, call, pointer, strict=thread.seccomp == 1) for call in (*calls, *_HARMLESS)}
+        verdicts = _verdicts(tracee, thread, (*calls, *harmless_ones), pointer)
         if all(verdicts[call] in _PERMITTED for call in calls):
             return {}
         tracee.suspend_seccomp()
     except (Denied, Rejected) as error:
         why = f"seccomp filters it and may refuse the call or end it, and can't be suspended: {error.why}"
         raise Refused(what, why, hint=error.hint or AT_START) from error
-    harmless = next((call for call in _HARMLESS if verdicts[call] in _SURVIVED), None)
+    harmless = next((call for call in harmless_ones if verdicts[call] in _SURVIVED), None)
     return {call: harmless for call in calls if verdicts[call] not in _SURVIVED and harmless}
+
+
+def permits(tracee: Tracee, thread: Thread, number: int, pointer: int) -> bool:
+    """Whether a thread's filters let a call pass, whatever its arguments; as far as they may be read."""
+    if not thread.seccomp:
+        return True
+    try:
+        return _verdicts(tracee, thread, [(number,)], pointer)[number,] in _PERMITTED
+    except (Denied, Rejected):
+        return False
+
+
+def _verdicts(tracee: Tracee, thread: Thread, calls: Iterable[Call], pointer: int) -> dict[Call, Action]:
+    # Mode 1 (strict) has no filter: read, write, _exit and rt_sigreturn, all else ends the thread.
+    filters, strict = tracee.filters() if thread.seccomp == 2 else (), thread.seccomp == 1
+    return {call: action(filters, call, pointer, strict=strict, architecture=architecture()) for call in calls}
 
 
 @cache

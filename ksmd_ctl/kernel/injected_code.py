@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Instructions that have a thread make a system call and restore itself, and where they lie. x86-64.
+"""Where instructions lie that have a thread make a system call and restore itself, and what is asked of them.
 
-`ksmd_ctl.kernel.injection` says why they are as they are.
+`ksmd_ctl.kernel.injection` says why they are as they are; `ksmd_ctl.kernel.x86_64` and `ksmd_ctl.kernel.aarch64` have
+them.
 """
 
 from __future__ import annotations
@@ -10,50 +11,24 @@ import errno
 import os
 import struct
 from array import array
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
+from ksmd_ctl.kernel.architecture import Architecture, Call, Registers
 from ksmd_ctl.kernel.proc_pid import process_file_error, read_process_bytes
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
-from ksmd_ctl.kernel.ptrace import Registers
+from ksmd_ctl.kernel.ptrace import Tracee
 
-#: A system call: its number, and up to six arguments.
-Call = tuple[int, ...]
-
-# What system calls change (rax, rcx, r11) and their arguments, with the bytes of `mov disp32(%rip), register`.
-_LOADED: Final = {
-    "rax": b"\x48\x8b\x05",
-    "rcx": b"\x48\x8b\x0d",
-    "r11": b"\x4c\x8b\x1d",
-    "rdi": b"\x48\x8b\x3d",
-    "rsi": b"\x48\x8b\x35",
-    "rdx": b"\x48\x8b\x15",
-    "r10": b"\x4c\x8b\x15",
-    "r8": b"\x4c\x8b\x05",
-    "r9": b"\x4c\x8b\x0d",
-}
-_ARGUMENTS: Final = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
-SYSCALL, _JUMP = b"\x0f\x05", b"\xff\x25"
-_OFFSET_BYTES: Final = 4
-CODE_BYTES: Final = 72
-SLOT_BYTES: Final = 192
 # The end of a slot says whose it is.
 MARK: Final = b"ksmd-ctl"
-MARK_AT: Final = SLOT_BYTES - 16
+MARK_BYTES: Final = 16
 
-NO_CALL: Final = (1 << 64) - 1
-RESTARTED, _RESTART_BLOCK = frozenset({-512, -513, -514}), -516
-_RESTART_SYSCALL, _X32_BIT = 219, 1 << 30
+#: Results of calls that are to be made again, which only a tracer sees (include/linux/errno.h).
+RESTARTED: Final = frozenset({-512, -513, -514})
 
 _AT_SYSINFO_EHDR: Final = 33
 _MOST_PAGES: Final = 16
-# Calls that end with EINTR when their thread is stopped, also where no signal comes (signal(7), "Interruption of system
-# calls and library functions by stop signals"), by their numbers on x86-64: read, write, readv, writev and those of
-# sockets with a timeout, semop, semtimedop, rt_sigtimedwait, epoll_wait, epoll_pwait, epoll_pwait2, io_getevents,
-# io_pgetevents, io_uring_enter. With EINTR they have done nothing yet.
-_ENDED_BY_STOPS: Final = frozenset(
-    {0, 1, 19, 20, 43, 44, 45, 46, 47, 288, 299, 307, 65, 220, 128, 232, 281, 441, 208, 333, 426}
-)
 # As much of a stack as is searched for a signal's frame.
 _STACK_BYTES: Final = 1 << 20
 # Of include/uapi/linux/rseq.h: where struct rseq has rseq_cs, and struct rseq_cs.
@@ -61,47 +36,13 @@ _SEQUENCE_AT: Final = 8
 _CRITICAL_SECTION: Final = struct.Struct("<IIQQQ")
 
 
-def restarted(found: Registers) -> Registers:
-    """Registers with which a thread goes on from a stop, as the kernel makes them where no signal is delivered.
-
-    Source: arch/x86/kernel/signal.c:arch_do_signal_or_restart.
-    """
-    result = {**found, "orig_rax": NO_CALL}
-    if signed(found["orig_rax"]) == -1:
-        return result
-    code = signed(found["rax"])
-    if code in RESTARTED:
-        return _calls_again(found, found["orig_rax"])
-    if code == _RESTART_BLOCK:
-        return _calls_again(found, _RESTART_SYSCALL | found["orig_rax"] & _X32_BIT)
-    return result
-
-
-def made_again(found: Registers) -> Registers | None:
-    """Registers with which a thread makes the call again that a stop has ended; None where it has ended none."""
-    if found["orig_rax"] not in _ENDED_BY_STOPS or signed(found["rax"]) != -errno.EINTR:
-        return None
-    return _calls_again(found, found["orig_rax"])
-
-
-def _calls_again(found: Registers, number: int) -> Registers:
-    """Registers with which a thread makes a call, from its instruction on."""
-    return {**found, "rax": number, "orig_rax": NO_CALL, "rip": found["rip"] - len(SYSCALL)}
-
-
 def signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def slot(registers: Registers, tid: int) -> bytes:
-    """Instructions that make a system call and then restore these registers; they may lie anywhere."""
-    code, data = bytearray(SYSCALL), bytearray()
-    for name, instruction in (*_LOADED.items(), ("rip", _JUMP)):
-        code += instruction
-        code += (CODE_BYTES + len(data) - len(code) - _OFFSET_BYTES).to_bytes(_OFFSET_BYTES, "little", signed=True)
-        data += registers[name].to_bytes(8, "little")
-    whole = bytes(code).ljust(CODE_BYTES, b"\xcc") + bytes(data)
-    return whole.ljust(MARK_AT, b"\0") + MARK + tid.to_bytes(8, "little")
+def marked(content: bytes, length: int, tid: int) -> bytes:
+    """A slot: instructions and what they load, and at its end whose it is."""
+    return content.ljust(length - MARK_BYTES, b"\0") + MARK + tid.to_bytes(8, "little")
 
 
 class Memory:
@@ -128,13 +69,72 @@ class Memory:
             return b""
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+
+class Code(Protocol):
+    """The instructions of one kind of processor.
+
+    :ivar slot_bytes: how much room they take, with what they load
+    :ivar code_bytes: how much of that are instructions
+    :ivar result: the register that has the result of a call
+    """
+
+    @property
+    def architecture(self) -> Architecture: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def code_bytes(self) -> int: ...
+    @property
+    def result(self) -> str: ...
+
+    def call_of(self, pid: int, tid: int, root: Path) -> str:
+        """What `made_again` has to know of a thread that is about to be stopped."""
+
+    def made_again(self, found: Registers, call: str) -> Registers | None:
+        """Registers with which a thread makes the call again that a stop has ended; None where it has ended none."""
+
+    def undecided(self, found: Registers) -> bool:
+        """Whether registers of a thread that is about to make a call tell that only once it has entered it."""
+
+    def enters_again(self, memory: Memory, saved: Registers, *, ended: bool) -> bool:
+        """Whether a thread that gets its registers back has to enter its call before it is let go.
+
+        :param ended: the call is one that its stop has ended
+        """
+
+    def obstacle(
+        self,
+        tracee: Tracee,
+        memory: Memory,
+        found: Registers,
+        tail: tuple[int, int],
+        permits: Callable[[int], bool],
+    ) -> str:
+        """Why a thread has to go on for a moment first; empty for no reason.
+
+        :param tail: where the instructions may lie
+        :param permits: whether its seccomp filters permit a call, by its number
+        """
+
+    def slot(self, tracee: Tracee, found: Registers, place: int) -> bytes:
+        """What is to be stored there, so that the thread goes on with what was found of it."""
+
+    def entering(self, saved: Registers, call: Call, place: int) -> Registers:
+        """Registers with which it makes a call there."""
+
+    def replace(self, tracee: Tracee, found: Registers, call: Call) -> None:
+        """Have a thread that enters a call make another one."""
 
 
 def vdso_tail(pid: int, tid: int, memory: Memory, root: Path = Path("/")) -> tuple[int, int]:
     """Where the vDSO's last page has nothing of it any more: (start, end); of no length where there is none.
 
-    The vDSO is an ELF image, followed by zeroes up to a whole page (arch/x86/entry/vdso/vdso2c.c).
+    The vDSO is an ELF image, followed by zeroes up to a whole page (arch/x86/entry/vdso/vdso2c.c,
+    arch/arm64/kernel/vdso-wrap.S).
     """
     auxiliary = read_process_bytes(pid, f"task/{tid}/auxv", root)
     words = struct.unpack(f"<{len(auxiliary) // 16 * 2}Q", auxiliary[: len(auxiliary) // 16 * 16])
@@ -156,10 +156,6 @@ def vdso_tail(pid: int, tid: int, memory: Memory, root: Path = Path("/")) -> tup
     return base + -(-end // 16) * 16, base + -(-end // PAGE_SIZE) * PAGE_SIZE
 
 
-def arguments(call: Call) -> Registers:
-    return dict(zip(_ARGUMENTS, (*call[1:], 0, 0, 0, 0, 0, 0), strict=False))
-
-
 def in_sequence(memory: Memory, sequences: int, at: int) -> bool:
     """Whether an instruction is in a restartable sequence (rseq(2)).
 
@@ -173,7 +169,15 @@ def in_sequence(memory: Memory, sequences: int, at: int) -> bool:
     return bool(first <= at < first + length)
 
 
-def free_slot(memory: Memory, tail: tuple[int, int], stack: int, tid: int, others: frozenset[int]) -> int:
+def free_slot(
+    memory: Memory,
+    tail: tuple[int, int],
+    stack: int,
+    tid: int,
+    others: frozenset[int],
+    slot_bytes: int,
+    code_bytes: int,
+) -> int:
     """A place for the instructions that nobody is in, or returns to; 0 where there is none.
 
     :param tail: where they may lie
@@ -182,13 +186,14 @@ def free_slot(memory: Memory, tail: tuple[int, int], stack: int, tid: int, other
     """
     start, end = tail
     left = []
-    for at in range(end - SLOT_BYTES, start - 1, -SLOT_BYTES) if start else ():
-        content = memory.read(at, SLOT_BYTES)
-        if content == bytes(SLOT_BYTES):
+    for at in range(end - slot_bytes, start - 1, -slot_bytes) if start else ():
+        content = memory.read(at, slot_bytes)
+        if content == bytes(slot_bytes):
             return at
-        if content[MARK_AT:][:8] == MARK and int.from_bytes(content[MARK_AT + 8 :], "little") not in others:
+        mark = content[slot_bytes - MARK_BYTES :]
+        if mark[:8] == MARK and int.from_bytes(mark[8:], "little") not in others:
             left.append(at)
     # Left by somebody who was killed. This thread is stopped elsewhere, but may be in a signal's handler that came
     # upon it there, and returns.
     words = array("Q", memory.read(stack & ~7, _STACK_BYTES)) if left else ()
-    return next((at for at in left if not any(at <= word < at + CODE_BYTES for word in words)), 0)
+    return next((at for at in left if not any(at <= word < at + code_bytes for word in words)), 0)

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Has a thread of another process make system calls. x86-64 only.
+"""Has a thread of another process make system calls.
 
-The thread is stopped by ptrace(2), its instruction pointer set to a few instructions of ours, and put back afterwards:
-
-    syscall; mov saved_rax(%rip), %rax; ... the eight others that a call changes or takes ...; jmp *saved_rip(%rip)
-
-They restore the thread by themselves. So whatever happens to this process, at whatever moment, the thread goes on where
-it was, with its registers as they were: the kernel lets go of a thread whose tracer has ended (kernel/ptrace.c:
-exit_ptrace), it makes the call, if it has not yet, and returns. Nothing of it is on the thread's stack, of which
-nobody can tell how much is in use (small stacks of Go, alternate stacks). Flags and extended registers (SSE, AVX, ...)
-are not changed by a system call, nor by these instructions, so nobody saves them.
+The thread is stopped by ptrace(2), its instruction pointer set to a few instructions of ours, and put back afterwards.
+They make the call, and then restore the thread by themselves (`ksmd_ctl.kernel.x86_64`, `ksmd_ctl.kernel.aarch64`). So
+whatever happens to this process, at whatever moment, the thread goes on where it was, with its registers as they were:
+the kernel lets go of a thread whose tracer has ended (kernel/ptrace.c:exit_ptrace), it makes the call, if it has not
+yet, and returns. Nothing of it is on the thread's stack, of which nobody can tell how much is in use (small stacks of
+Go, alternate stacks).
 
 They lie in the vDSO's last page, behind its end, where that page has zeroes: the process gets a copy of that page. Its
-program, its libraries and its stack are not written to. A shadow stack does not matter, as nothing returns.
+program, its libraries and its stack are not written to.
 
 While all goes well this process puts the registers back, at a stop of the same kind as the first one (in get_signal):
 so the kernel restarts the call that was interrupted (ERESTARTSYS and its kin, ERESTART_RESTARTBLOCK), or lets a
-signal's handler interrupt it, as if nobody had been there. The instructions themselves can only restart it. Some calls
-end with EINTR at each stop, as epoll_wait(2): the thread makes these again, a timeout of theirs from its beginning.
+signal's handler interrupt it, as if nobody had been there. On aarch64 registers do not tell the kernel to do so: the
+thread is let go where it enters that call again, and signals that came meanwhile are sent to it there once more. The
+instructions themselves can only restart the call. Some calls end with EINTR at each stop, as epoll_wait(2): the thread
+makes these again, a timeout of theirs from its beginning.
 
 A signal that comes meanwhile is delivered with the thread's own registers, and the call begun again. A thread is left
 to go on for a moment where it is in a restartable sequence (rseq(2)), or still in instructions of somebody who was
@@ -39,29 +38,27 @@ from typing import Final
 
 from ksmd_ctl.errors import Denied, NoSuchProcess, Refused, TimedOut
 from ksmd_ctl.host.memory import ProcessId
-from ksmd_ctl.kernel.filtered_calls import end_slowly, permit
+from ksmd_ctl.kernel.aarch64 import Aarch64Code
+from ksmd_ctl.kernel.architecture import AARCH64, X86_64, Call, Registers, architecture
+from ksmd_ctl.kernel.filtered_calls import end_slowly, permit, permits
 from ksmd_ctl.kernel.injected_code import (
-    MARK_AT,
-    NO_CALL,
+    MARK_BYTES,
     RESTARTED,
-    SLOT_BYTES,
-    SYSCALL,
-    Call,
+    Code,
     Memory,
-    arguments,
     free_slot,
     in_sequence,
-    made_again,
-    restarted,
     signed,
-    slot,
     vdso_tail,
 )
 from ksmd_ctl.kernel.proc_pid import Held
-from ksmd_ctl.kernel.ptrace import Registers, Stop, Tracee, waiting
+from ksmd_ctl.kernel.ptrace import Stop, Tracee, sent_by_us, waiting
 from ksmd_ctl.kernel.threads import Thread, choose, signal_waits
-from ksmd_ctl.kernel.traceable import AT_START, need_machine
+from ksmd_ctl.kernel.traceable import AT_START
+from ksmd_ctl.kernel.x86_64 import X86_64Code
 
+#: The instructions for each kind of processor, by its name.
+CODES: Final[Mapping[str, Code]] = {X86_64.name: X86_64Code(), AARCH64.name: Aarch64Code()}
 _OWN_CALLS: Final = "it handles system calls itself (PR_SET_SYSCALL_USER_DISPATCH, SIGSYS), as Wine does"
 
 # Of two that want to run: first who has stopped somebody, last who must not end before the other has run.
@@ -108,7 +105,7 @@ def inject(
     :raises Rejected: a 32-bit program
     :raises TimedOut: it did not stop; it is let go when this process ends
     """
-    need_machine()
+    code = CODES[architecture().name]
     with Held(process, root) as held, waiting(), _niced(_FIRST):
         thread = choose(process.pid, f"having process {process.pid} make a system call", root)
         held.verify()
@@ -122,7 +119,7 @@ def inject(
             held.verify()
             choose(process.pid, f"having process {process.pid} make a system call", root)
             raise
-        job = _Job(process.pid, thread, tracee, root, step)
+        job = _Job(process.pid, thread, tracee, code, root, step)
         began = clock()
         results: list[int] = []
         try:
@@ -137,6 +134,7 @@ def inject(
             raise
         finally:
             job.let_go()
+            job.memory.close()
         return Injected(tuple(results), clock() - began)
 
 
@@ -163,40 +161,66 @@ class _Job:
     """Calls made by one thread while it is stopped.
 
     :ivar saved: its own registers, while it is stopped and they are known
+    :ivar ended: its stop has ended a call, which is to be made again
     :ivar inside: its registers are not its own but those for a call, or after one
     """
 
-    def __init__(self, pid: int, thread: Thread, tracee: Tracee, root: Path, step: Callable[[str], None]) -> None:
+    def __init__(
+        self, pid: int, thread: Thread, tracee: Tracee, code: Code, root: Path, step: Callable[[str], None]
+    ) -> None:
         self.pid = pid
         self.thread = thread
         self.tracee = tracee
+        self.code = code
+        self.pc, self.syscall = code.architecture.pc, code.architecture.syscall
         self.root = root
         self.step = step
         self.what = f"having process {pid} make a system call"
         self.memory = Memory(pid, thread.tid, root)
         self.saved: Registers | None = None
         self.inside = False
+        self.ended = False
         self.running = True
         self.place = 0
+        self.pointer = 0
         self.first: Mapping[Call, Call] = {}
 
     def stop(self) -> None:
         """Have it stop, outside of any system call."""
         self.step("interrupt")
+        call = self.code.call_of(self.pid, self.thread.tid, self.root)
         self.tracee.interrupt()
+        if not self.running:
+            self.resume()
         self.wait_asked()
         # A program that executed another one since has other memory.
         self.memory.close()
         self.memory = Memory(self.pid, self.thread.tid, self.root)
-        again = made_again(self.tracee.registers())
+        again = self.code.made_again(self.tracee.registers(), call)
         # Where a signal waits the program is to learn of it.
-        if (
-            again
-            and self.memory.read(again["rip"], len(SYSCALL)) == SYSCALL
-            and not signal_waits(self.thread, self.pid, self.root)
-        ):
+        self.ended = bool(again and self.calls_at(again) and not signal_waits(self.thread, self.pid, self.root))
+        if again and self.ended:
             self.step("again")
             self.tracee.set_registers(again)
+        for _ in range(_TRIES):
+            found = self.tracee.registers()
+            if not (self.code.undecided(found) and self.calls_at(found)):
+                break
+            self.step("enter its call")
+            self.resume(to_syscall=True)
+            self.wait_syscall()
+            self.step("interrupt its call")
+            self.tracee.interrupt()
+            self.resume()
+            self.wait_asked()
+
+    def calls_at(self, found: Registers) -> bool:
+        """Whether it is about to make a system call."""
+        return self.memory.read(found[self.pc], len(self.syscall)) == self.syscall
+
+    def wait_syscall(self) -> None:
+        while not (stop := self.wait(_STOP_SECONDS)).syscall:
+            self.resume(stop.signal_to_deliver, to_syscall=True)
 
     def wait_asked(self) -> None:
         while True:
@@ -232,8 +256,9 @@ class _Job:
         if self.thread.seccomp:
             self.step("filters")
             # A filter may ask where the call is made; where none of our instructions were left, it is there.
-            pointer = vdso_tail(self.pid, self.thread.tid, self.memory, self.root)[1] - SLOT_BYTES + len(SYSCALL)
-            self.first = permit(self.tracee, self.thread, calls, pointer, self.what)
+            pointer = vdso_tail(self.pid, self.thread.tid, self.memory, self.root)[1]
+            self.pointer = pointer - self.code.slot_bytes + len(self.syscall)
+            self.first = permit(self.tracee, self.thread, calls, self.pointer, self.what)
 
     def prepare(self) -> Registers:
         """Its registers, and the instructions in place.
@@ -254,34 +279,44 @@ class _Job:
             raise Refused(self.what, f"{obstacle}, each time that it was looked at", hint="try again later")
         if self.tracee.dispatches_calls():
             raise Refused(self.what, _OWN_CALLS, hint=AT_START)
-        self.place = self.free_slot(start, end, found["rsp"])
-        content = slot(restarted(found), self.thread.tid)
+        self.place = self.free_slot(start, end, found[self.code.architecture.sp])
+        content = self.code.slot(self.tracee, found, self.place)
         self.step("mark")
         # First whose it is: what was left half-written can be told so.
-        self.tracee.store(self.place + MARK_AT, content[MARK_AT:])
+        mark_at = len(content) - MARK_BYTES
+        self.store(self.place + mark_at, content[mark_at:])
         self.step("store")
-        self.tracee.store(self.place, content[:MARK_AT])
+        self.store(self.place, content[:mark_at])
         self.saved = found
         return found
 
+    def store(self, address: int, content: bytes) -> None:
+        """Write what is not there yet."""
+        there = self.memory.read(address, len(content))
+        for at in range(0, len(content), 8):
+            if there[at : at + 8] != content[at : at + 8]:
+                self.tracee.store(address + at, content[at : at + 8])
+
     def obstacle(self, found: Registers, start: int, end: int) -> str:
         """Why it has to go on for a moment first; empty for no reason."""
-        at = found["rip"]
+        at = found[self.pc]
         if start <= at < end:
             return "it is in the instructions of somebody who was killed"
-        if signed(found["orig_rax"]) != -1 and self.memory.read(at - 2, 2) != SYSCALL:
-            return "it is in a 32-bit system call"
         address = self.tracee.restartable()
         if address and in_sequence(self.memory, address, at):
             return "it is in a restartable sequence (rseq)"
-        return ""
+        return self.code.obstacle(self.tracee, self.memory, found, (start, end), self.permits)
+
+    def permits(self, number: int) -> bool:
+        return permits(self.tracee, self.thread, number, self.pointer)
 
     def free_slot(self, start: int, end: int, stack: int) -> int:
         """
         :raises Refused: there is no place
         """
         others = frozenset(map(int, os.listdir(self.root / "proc" / str(self.pid) / "task"))) - {self.thread.tid}
-        if at := free_slot(self.memory, (start, end), stack, self.thread.tid, others):
+        sizes = self.code.slot_bytes, self.code.code_bytes
+        if at := free_slot(self.memory, (start, end), stack, self.thread.tid, others, *sizes):
             return at
         why = "its vDSO has no room for the instructions that this takes" if start else "it has no vDSO"
         raise Refused(self.what, why, hint=AT_START)
@@ -303,18 +338,16 @@ class _Job:
         first = self.first.get(call, call)
         self.step("registers")
         self.inside = True
-        self.tracee.set_registers(
-            {**saved, **arguments(first), "rax": first[0], "rip": self.place, "orig_rax": NO_CALL}
-        )
+        self.tracee.set_registers(self.code.entering(saved, first, self.place))
         self.step("enter")
         self.resume(to_syscall=True)
         self.expect_syscall(saved, self.wait(_STOP_SECONDS))
-        found = self.tracee.registers()
         if first != call:
+            found = self.tracee.registers()
             with _niced(_LAST):
                 self.step("replace")
                 # Nothing comes between these two: see the top of the file.
-                self.tracee.set_registers({**found, **arguments(call), "orig_rax": call[0]})
+                self.code.replace(self.tracee, found, call)
                 self.resume(to_syscall=True)
                 self.step("made")
                 stop = self.wait(_CALL_SECONDS)
@@ -324,7 +357,7 @@ class _Job:
             self.step("made")
             stop = self.wait(_CALL_SECONDS)
         self.expect_syscall(saved, stop)
-        result = signed(self.tracee.registers()["rax"])
+        result = signed(self.tracee.registers()[self.code.result])
         if result in RESTARTED:
             # A signal came while the kernel was at it (mm/ksm.c:unmerge_ksm_pages): once it is delivered, again.
             self.put_back(saved)
@@ -342,9 +375,8 @@ class _Job:
         if stop.syscall:
             return
         self.step("signal")
-        refused = stop.signal_to_deliver == signal.SIGSYS and self.tracee.registers()["rip"] == self.place + len(
-            SYSCALL
-        )
+        after = self.place + len(self.syscall)
+        refused = stop.signal_to_deliver == signal.SIGSYS and self.tracee.registers()[self.pc] == after
         self.tracee.set_registers(saved)
         self.inside = False
         if refused:
@@ -355,7 +387,10 @@ class _Job:
         if not stop.asked:
             self.saved = None
             self.step("deliver")
-            self.resume(stop.signal_to_deliver)
+            if self.code.enters_again(self.memory, saved, ended=self.ended):
+                self.enter_again(stop)
+            else:
+                self.resume(stop.signal_to_deliver)
             self.stop()
         raise _Signalled
 
@@ -371,13 +406,52 @@ class _Job:
         self.step("put back")
         self.tracee.set_registers(saved)
         self.inside = False
-        if not stop.asked:
+        if self.code.enters_again(self.memory, saved, ended=self.ended):
+            self.enter_again(stop)
+        elif not stop.asked:
             self.resume(stop.signal_to_deliver)
             self.wait_asked()
 
+    def enter_again(self, stop: Stop) -> None:
+        """From a stop, where it has its own registers again, into the call that it was in. It ends up stopped.
+
+        Signals that are about to be delivered are held back until then, and sent again: so they interrupt the call.
+        """
+        came: list[tuple[int, bytes]] = []
+        self.step("enter again")
+        while not stop.syscall:
+            if stop.signal_to_deliver:
+                came.append((stop.signal_to_deliver, self.tracee.signal_info()))
+            self.resume(to_syscall=True)
+            stop = self.wait(_STOP_SECONDS)
+        sent = [number for number, _ in came]
+        if not sent:
+            return
+        for number in sent:
+            self.tracee.send(self.pid, number)
+        self.step("deliver again")
+        # One may wait longer: where the same one waits already, or the call has another signal mask.
+        with suppress(TimedOut):
+            while sent:
+                self.resume(stop.signal_to_deliver)
+                stop = self.wait(_SIGNAL_SECONDS)
+                if number := stop.signal_to_deliver:
+                    info = self.tracee.signal_info()
+                    if sent_by_us(info):
+                        sent.remove(number)
+                    else:
+                        came.append((number, info))
+                    # In the order in which they came, and as they came.
+                    first = next(item for item in came if item[0] == number)
+                    came.remove(first)
+                    self.tracee.set_signal_info(first[1])
+        self.tracee.interrupt()
+        if not self.running:
+            self.resume(stop.signal_to_deliver)
+        self.wait_asked()
+
     def let_go(self) -> None:
         """Put its registers back, and let it go on."""
-        self.memory.close()
         try:
             if self.running:
                 # It does not stop: when this process ends it is let go.
@@ -386,7 +460,7 @@ class _Job:
                 self.put_back(self.saved)
             if self.saved is not None:
                 self.step("clear")
-                self.tracee.store(self.place, bytes(SLOT_BYTES))
+                self.store(self.place, bytes(self.code.slot_bytes))
             self.step("detach")
             self.tracee.detach()
         except NoSuchProcess:

@@ -25,31 +25,25 @@ from typing import Final
 
 from ksmd_ctl.errors import Denied, HostError, NoSuchProcess, Rejected, TimedOut, errno_text
 from ksmd_ctl.kernel import syscalls
+from ksmd_ctl.kernel.architecture import Registers, architecture
 
 _PEEK_LENGTH: Final = 8
 _CONT, _POKEDATA, _DETACH, _SYSCALL, _SETOPTIONS = 7, 5, 17, 24, 0x4200
-_GETREGSET, _SETREGSET, _SEIZE, _INTERRUPT = 0x4204, 0x4205, 0x4206, 0x4207
+_GETSIGINFO, _SETSIGINFO, _GETREGSET, _SETREGSET, _SEIZE, _INTERRUPT, _GETSIGMASK = *range(0x4202, 0x4208), 0x420A
 _SECCOMP_GET_FILTER, _GET_RSEQ_CONFIGURATION, _GET_SYSCALL_USER_DISPATCH_CONFIG = 0x420C, 0x420F, 0x4211
 _O_TRACESYSGOOD, _O_SUSPEND_SECCOMP = 1, 1 << 21
 _EVENT_STOP = 128
 _NT_PRSTATUS = 1
+_SI_TKILL = -6
 _WALL = 0x40000000
 # Of struct ptrace_rseq_configuration and struct ptrace_sud_config (include/uapi/linux/ptrace.h).
 _RSEQ_BYTES, _DISPATCH_BYTES = 24, 32
+# Of siginfo_t, and of a set of signals as the kernel has it.
+_SIGINFO_BYTES, _SIGMASK_BYTES = 128, 8
 # The most instructions of one filter (BPF_MAXINSNS), of eight bytes each.
 _FILTER_BYTES = 4096 * 8
 # SIGCHLD may go to another thread of this process: so the state is looked at again after so long.
 _LOOK_SECONDS = 0.01
-
-#: General registers of x86-64 (struct user_regs_struct), in the order of NT_PRSTATUS.
-X86_64_REGISTERS: Final = (
-    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
-    *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
-)
-_FORMAT = struct.Struct(f"<{len(X86_64_REGISTERS)}Q")
-
-#: The values of general registers by their names.
-Registers = dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +78,13 @@ def need_ptrace(what: str) -> None:
             raise Denied(what, why, hint=hint, path="ptrace", errno=error.errno) from error
 
 
+def sent_by_us(info: bytes) -> bool:
+    """Whether `Tracee.send` has sent a signal that comes with this (siginfo_t)."""
+    code, sender = struct.unpack_from("<i4xi", info, 8)
+    # In a pid namespace of its own it is told no sender.
+    return code == _SI_TKILL and sender in (0, os.getpid())
+
+
 @contextmanager
 def waiting() -> Iterator[None]:
     """Have SIGCHLD wait, so that `Tracee.wait` can wait for it with a deadline. For processes with one thread."""
@@ -105,7 +106,8 @@ class Tracee:
         :raises Denied: it may not be traced, or another process traces it
         """
         self.tid = tid
-        self._ended = False
+        self._names = architecture().registers
+        self._format = struct.Struct(f"<{len(self._names)}Q")
         try:
             syscalls.ptrace(_SEIZE, tid, 0, _O_TRACESYSGOOD)
         except OSError as error:
@@ -168,23 +170,62 @@ class Tracee:
         """
         :raises Rejected: it is a 32-bit thread
         """
-        memory = syscalls.buffer(_FORMAT.size)
+        memory = syscalls.buffer(self._format.size)
         try:
             found = syscalls.ptrace_regset(_GETREGSET, self.tid, _NT_PRSTATUS, memory)
         except OSError as error:
             raise self._error("PTRACE_GETREGSET", error) from error
-        if found != _FORMAT.size:
+        if found != self._format.size:
             why = "it is a 32-bit program"
             raise Rejected(f"thread {self.tid}", why, path="PTRACE_GETREGSET", value=found)
-        return dict(zip(X86_64_REGISTERS, _FORMAT.unpack(memory.raw), strict=True))
+        return dict(zip(self._names, self._format.unpack(memory.raw), strict=True))
 
     def set_registers(self, registers: Registers) -> None:
-        memory = syscalls.buffer(_FORMAT.size)
-        memory.raw = _FORMAT.pack(*(registers[name] for name in X86_64_REGISTERS))
+        self.set_register_set(_NT_PRSTATUS, self._format.pack(*(registers[name] for name in self._names)))
+
+    def register_set(self, kind: int, length: int) -> bytes:
+        """Other registers (NT_*), or the first of them; zeroes where this machine has none of that kind."""
+        memory = syscalls.buffer(length)
         try:
-            syscalls.ptrace_regset(_SETREGSET, self.tid, _NT_PRSTATUS, memory)
+            syscalls.ptrace_regset(_GETREGSET, self.tid, kind, memory)
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.EINVAL, errno.ENODEV):
+                return bytes(length)
+            raise self._error("PTRACE_GETREGSET", error) from error
+        return memory.raw
+
+    def set_register_set(self, kind: int, content: bytes) -> None:
+        memory = syscalls.buffer(len(content))
+        memory.raw = content
+        try:
+            syscalls.ptrace_regset(_SETREGSET, self.tid, kind, memory)
         except OSError as error:
             raise self._error("PTRACE_SETREGSET", error) from error
+
+    def blocked_signals(self) -> bytes:
+        """Its signal mask as the kernel has it; outside of a call that has another one meanwhile."""
+        memory = syscalls.buffer(_SIGMASK_BYTES)
+        self._ptrace("PTRACE_GETSIGMASK", _GETSIGMASK, len(memory), memory)
+        return memory.raw
+
+    def signal_info(self) -> bytes:
+        """What the signal that is about to be delivered comes with (siginfo_t)."""
+        memory = syscalls.buffer(_SIGINFO_BYTES)
+        self._ptrace("PTRACE_GETSIGINFO", _GETSIGINFO, 0, memory)
+        return memory.raw
+
+    def set_signal_info(self, content: bytes) -> None:
+        self._ptrace("PTRACE_SETSIGINFO", _SETSIGINFO, 0, content)
+
+    def send(self, pid: int, number: int) -> None:
+        """Send it a signal.
+
+        :param pid: its process
+        """
+        try:
+            syscalls.tgkill(pid, self.tid, number)
+        except OSError as error:
+            raise self._error("tgkill", error) from error
 
     def store(self, address: int, content: bytes) -> None:
         """Write to its memory, also where it may not write itself: then the process gets a page of its own.
@@ -230,7 +271,7 @@ class Tracee:
             raise self._error("ptrace", error) from error
         return memory.raw
 
-    def _ptrace(self, name: str, request: int, address: int = 0, data: int = 0) -> None:
+    def _ptrace(self, name: str, request: int, address: int = 0, data: syscalls.Data = 0) -> None:
         try:
             syscalls.ptrace(request, self.tid, address, data)
         except OSError as error:

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Final
 
-_AUDIT_ARCH_X86_64: Final = 0xC000003E
+from ksmd_ctl.kernel.architecture import X86_64, Architecture
+
 _MASK: Final = 0xFFFFFFFF
 _INSTRUCTION: Final = struct.Struct("<HBBI")
-# Strict mode, by their numbers on x86-64: read, write, rt_sigreturn, exit.
-_STRICT: Final = frozenset({0, 1, 15, 60})
 
 
 class Action(IntEnum):
@@ -31,16 +30,23 @@ class Action(IntEnum):
     ALLOW = 0x7FFF0000
 
 
-def action(filters: Iterable[bytes], call: Sequence[int], pointer: int = 0, *, strict: bool = False) -> Action:
-    """What all filters together do with a call of an x86-64 thread.
+def action(
+    filters: Iterable[bytes],
+    call: Sequence[int],
+    pointer: int = 0,
+    *,
+    strict: bool = False,
+    architecture: Architecture = X86_64,
+) -> Action:
+    """What all filters together do with a call of a 64-bit thread.
 
     :param call: its number and arguments, and `pointer`: where it is made
     :param strict: strict mode, which has no filters
     """
     if strict:
-        return Action.ALLOW if call[0] in _STRICT else Action.KILL_THREAD
+        return Action.ALLOW if call[0] in architecture.strict else Action.KILL_THREAD
     arguments = (*call[1:], 0, 0, 0, 0, 0, 0)[:6]
-    data = struct.pack("<IIQ6Q", call[0], _AUDIT_ARCH_X86_64, pointer, *arguments)
+    data = struct.pack("<IIQ6Q", call[0], architecture.audit, pointer, *arguments)
     return min((_action(program, data) for program in filters), default=Action.ALLOW)
 
 

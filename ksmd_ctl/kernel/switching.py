@@ -27,9 +27,9 @@ from ksmd_ctl.figures import plural
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.operation import Progress, Unshare, UnsharePart
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
+from ksmd_ctl.kernel.architecture import Call, architecture
 from ksmd_ctl.kernel.detection import PageReader, reader_or_none
 from ksmd_ctl.kernel.headroom import STOPPED
-from ksmd_ctl.kernel.injected_code import Call
 from ksmd_ctl.kernel.injection import inject
 from ksmd_ctl.kernel.proc_pid import NO_MEMORY, Held, read_stat
 from ksmd_ctl.kernel.process_counts import read_counts
@@ -40,8 +40,6 @@ from ksmd_ctl.kernel.threads import threads
 from ksmd_ctl.kernel.traceable import AT_START, need_traceable
 from ksmd_ctl.kernel.unshare import AGAIN, ELSEWHERE, GONE, NOT_WRITABLE, STILL, UNDECIDED, WATCHED, unshare
 
-# By their numbers on x86-64.
-_PRCTL, _MADVISE = 157, 28
 _PRCTL_TEXT: Final = "prctl(PR_SET_MEMORY_MERGE)"
 # What one call takes out. The kernel looks at a page in about 55 ns (findings F11), but takes 4 to 8 us for one that
 # ksmd has merged again since it was un-merged: 4 ms at most. A signal that comes meanwhile has it begin again.
@@ -250,7 +248,7 @@ class _Job:
 
     def switch_off(self) -> None:
         # Advice about nothing: where no call can be made, nothing is to be un-merged for it either.
-        self.calls([(_MADVISE, 0, 0, MADV_UNMERGEABLE)])
+        self.calls([(architecture().madvise, 0, 0, MADV_UNMERGEABLE)])
         for number in range(_PASSES):
             on = [item for item in self.ranges() if item.mergeable]
             if number == 0:
@@ -308,7 +306,7 @@ class _Job:
 
         :raises Rejected: it has, and refused
         """
-        result = self.calls([(_PRCTL, PR_SET_MEMORY_MERGE, int(on), 0, 0, 0)])[0]
+        result = self.calls([(architecture().prctl, PR_SET_MEMORY_MERGE, int(on), 0, 0, 0)])[0]
         # Before 6.4; a build without CONFIG_KSM is no host of ours.
         if result == -errno.EINVAL:
             return False
@@ -319,7 +317,8 @@ class _Job:
         return True
 
     def madvise(self, parts: Sequence[Part], advice: int) -> None:
-        results = self.calls([(_MADVISE, start, end - start, advice) for start, end in parts])
+        number = architecture().madvise
+        results = self.calls([(number, start, end - start, advice) for start, end in parts])
         for (start, end), result in zip(parts, results, strict=True):
             # ENOMEM: some of it is not mapped any more, the rest is done; or it has too many mappings, which the
             # next pass tells.

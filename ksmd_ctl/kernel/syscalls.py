@@ -56,11 +56,16 @@ _PERF_EVENT_OPEN = {
     "ppc64le": 319,
 }
 _PTRACE = {"x86_64": 101, "aarch64": 117}
+_TGKILL = {"x86_64": 234, "aarch64": 131}
 # Those of newer calls are the same everywhere.
 _FSOPEN, _FSCONFIG, _FSMOUNT, _PROCESS_MADVISE = 430, 431, 432, 440
 _CLOEXEC = 1
 _FSCONFIG_CMD_CREATE = 6
 _PERF_FLAG_FD_CLOEXEC = 8
+
+
+#: A number, or memory that the kernel reads or writes.
+Data = int | bytes | ctypes.Array[ctypes.c_char]
 
 
 class _iovec(ctypes.Structure):
@@ -212,7 +217,7 @@ def perf_event_open(attributes: bytes, pid: int, cpu: int) -> int:
     return _syscall("perf_event_open", number, attributes, pid, cpu, -1, _PERF_FLAG_FD_CLOEXEC)
 
 
-def ptrace(request: int, tid: int, address: int = 0, data: int | bytes | ctypes.Array[ctypes.c_char] = 0) -> int:
+def ptrace(request: int, tid: int, address: int = 0, data: Data = 0) -> int:
     """ptrace(2), the system call itself: a request that gives a value writes it to `data`.
 
     :param data: a number, or memory that the kernel reads or writes
@@ -234,6 +239,14 @@ def ptrace_regset(request: int, tid: int, kind: int, registers: ctypes.Array[cty
     number = _PTRACE.get(os.uname().machine, -1)
     _syscall("ptrace", number, request, tid, kind, ctypes.addressof(described))
     return int(described.iov_len)
+
+
+def tgkill(pid: int, tid: int, number: int) -> None:
+    """tgkill(2): a signal for one thread.
+
+    :raises OSError: ESRCH where it is gone, EPERM
+    """
+    _syscall("tgkill", _TGKILL.get(os.uname().machine, -1), pid, tid, number)
 
 
 def buffer(length: int) -> ctypes.Array[ctypes.c_char]:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Final
 
-from ksmd_ctl.errors import Absent, Denied, Refused
+from ksmd_ctl.errors import Denied, Refused
+from ksmd_ctl.kernel.architecture import architecture
 from ksmd_ctl.kernel.proc_pid import process_file_error
 from ksmd_ctl.kernel.ptrace import need_ptrace
 from ksmd_ctl.kernel.reading import read_part
@@ -19,20 +20,10 @@ _YAMA: Final = "proc/sys/kernel/yama/ptrace_scope"
 _NOBODY: Final = "3"
 # Of an ELF file's header (elf(5)): its class, its machine, and their values here.
 _CLASS_AT, _MACHINE_AT, _HEADER_BYTES = 4, 18, 20
-_CLASS_64, _X86_64 = 2, 62
+_CLASS_64: Final = 2
 
 #: What is left where a process can't be made to make a call.
 AT_START: Final = "have it made mergeable, or not, when it is started"
-
-
-def need_machine() -> None:
-    """
-    :raises Absent: it can't be done on this machine
-    """
-    machine = os.uname().machine
-    if machine != "x86_64":
-        why = f"it is written for x86_64 only, and this is {machine}"
-        raise Absent("having another process make a system call", why, value=machine)
 
 
 def need_traceable(pid: int, what: str, root: Path = Path("/")) -> None:
@@ -43,7 +34,7 @@ def need_traceable(pid: int, what: str, root: Path = Path("/")) -> None:
     :raises NoSuchProcess, ReadError: it has exited, or can't be looked at
     :raises Refused: it is init or this program, runs a program of another machine, is traced, or does not stop
     """
-    need_machine()
+    architecture()
     if pid == _INIT:
         raise Refused(what, f"process {pid} is init, with which the host ends", hint=_ANOTHER)
     # Who asks for it is the parent.
@@ -78,7 +69,7 @@ def _need_program(pid: int, what: str, root: Path) -> None:
     except OSError as error:
         raise process_file_error(pid, path, error) from error
     machine = int.from_bytes(header[_MACHINE_AT:], "little")
-    if header[:4] != b"\x7fELF" or (header[_CLASS_AT], machine) == (_CLASS_64, _X86_64):
+    if header[:4] != b"\x7fELF" or (header[_CLASS_AT], machine) == (_CLASS_64, architecture().elf_machine):
         return
     of = "32-bit" if header[_CLASS_AT] != _CLASS_64 else f"another machine's (ELF machine {machine})"
     raise Refused(what, f"its program is {of}", hint=AT_START)

@@ -53,10 +53,11 @@ def source(suite: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """One suite of the archive, with lists and state of its own in `folder`."""
+    """One suite of the archive, with lists and state of its own in `folder`; of this architecture if none is named."""
 
     name: str
     folder: Path
+    architecture: str = ""
 
     def update(self) -> None:
         """Fetch the suite's package lists."""
@@ -67,11 +68,11 @@ class Suite:
         (self.folder / "sources.list").write_text(source(self.name) + "\n")
         call(["apt-get", *self._options(), "update"], hint=HINT)
 
-    def depends(self, package: str) -> list[str]:
-        """Return a package and all that it depends on, however far."""
+    def depends(self, *packages: str) -> list[str]:
+        """Return packages and all that they depend on, however far."""
         unwanted = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
         options = ["--recurse", *(f"--no-{kind}" for kind in unwanted)]
-        printed = call(["apt-cache", *self._options(), "depends", *options, package], hint=HINT)
+        printed = call(["apt-cache", *self._options(), "depends", *options, *packages], hint=HINT)
         return [line for line in printed.splitlines() if not line.startswith((" ", "<"))]
 
     def unpack(self, packages: list[str], target: Path) -> None:
@@ -94,4 +95,6 @@ class Suite:
             # The user that apt drops to may not read a person's cache folder.
             "APT::Sandbox::User": "root",
         }
+        if self.architecture:
+            settings |= {"APT::Architecture": self.architecture, "APT::Architectures::": self.architecture}
         return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]

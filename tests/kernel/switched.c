@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 // Programs whose memory is switched: each checks itself, and says what was wrong with it when SIGUSR2 comes.
 //
-//   spin     general, SSE and AVX registers, flags, the red zone and memory; counts queued signals from a child
+//   spin     general and vector registers, flags, the red zone and memory; counts queued signals from a child
 //   sleep    waits in many ways; being interrupted, or woken too early, is wrong
 //   threads  64 threads at full load, the first among them
 //   filter   a seccomp filter that permits read, write, exit and madvise(MADV_DONTNEED); answers each byte with the same
 //   busy     the same filter, and one call after the other
 //   wait     waits for input
-//   rseq     counts in restartable sequences, and the same without
+//   rseq     counts in restartable sequences, and the same without (x86-64)
+//   sve      holds values in SVE registers, without any system call (aarch64)
 //   exec     replaces itself again and again
 #define _GNU_SOURCE
 #include <errno.h>
@@ -70,7 +71,10 @@ static void check_memory(void)
 			return wrong("memory");
 }
 
-static unsigned char vectors[16 * 32] __attribute__((aligned(32))), found[16 * 32] __attribute__((aligned(32)));
+unsigned char vectors[16 * 32] __attribute__((aligned(32))), found[16 * 32] __attribute__((aligned(32)));
+
+#ifdef __x86_64__
+#define AUDIT_ARCH 0xc000003e
 long rounds;
 double pi;
 
@@ -138,6 +142,64 @@ static void spin(void)
 			check_memory();
 	}
 }
+
+#else
+#define AUDIT_ARCH 0xc00000b7
+// The same with x1 to x30 and all of the vector registers: hold(calls, vectors, found). x0 counts, or x28 over calls.
+#define EACH(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19) \
+	X(20) X(21) X(22) X(23) X(24) X(25) X(26) X(27) X(29) X(30)
+#define LOAD(n) "mov x" #n ", #0x1000 + " #n "\n"
+#define COMPARE(n) "mov x0, #0x1000 + " #n "\n cmp x" #n ", x0\n b.ne 3f\n"
+#define VECTORS(V) V("0", "3") V("4", "7") V("8", "11") V("12", "15") V("16", "19") V("20", "23") V("24", "27") V("28", "31")
+#define LOAD_VECTORS(a, b) "ld1 {v" a ".16b-v" b ".16b}, [x1], #64\n"
+#define STORE_VECTORS(a, b) "st1 {v" a ".16b-v" b ".16b}, [x1], #64\n"
+long hold(long calls, void *from, void *to);
+asm(".text\n.balign 4\nhold:\n"
+    "stp x29, x30, [sp, #-16]!\n stp x27, x28, [sp, #-16]!\n stp x25, x26, [sp, #-16]!\n stp x23, x24, [sp, #-16]!\n"
+    "stp x21, x22, [sp, #-16]!\n stp x19, x20, [sp, #-16]!\n stp d14, d15, [sp, #-16]!\n stp d12, d13, [sp, #-16]!\n"
+    "stp d10, d11, [sp, #-16]!\n stp d8, d9, [sp, #-16]!\n stp x18, x2, [sp, #-16]!\n"
+    VECTORS(LOAD_VECTORS)
+    "cbnz x0, 5f\n"
+    // Without calls: x8 and x28 hold, too.
+    EACH(LOAD) LOAD(8) LOAD(28) "mov x0, #0x30000\n"
+    "1: subs x0, x0, #1\n b.ne 1b\n"
+    "cbnz x0, 3f\n" COMPARE(8) COMPARE(28) "b 6f\n"
+    "5:" EACH(LOAD) "mov x28, #300\n"
+    "7: mov x8, #173\n svc #0\n subs x28, x28, #1\n b.ne 7b\n"
+    "6:" EACH(COMPARE) "mov x0, #0\n b 4f\n"
+    "3: mov x0, #1\n"
+    "4: ldp x18, x1, [sp], #16\n"
+    VECTORS(STORE_VECTORS)
+    "ldp d8, d9, [sp], #16\n ldp d10, d11, [sp], #16\n ldp d12, d13, [sp], #16\n ldp d14, d15, [sp], #16\n"
+    "ldp x19, x20, [sp], #16\n ldp x21, x22, [sp], #16\n ldp x23, x24, [sp], #16\n ldp x25, x26, [sp], #16\n"
+    "ldp x27, x28, [sp], #16\n ldp x29, x30, [sp], #16\n ret\n");
+
+static void spin(void)
+{
+	for (int i = 0; i < sizeof vectors; i++)
+		vectors[i] = i * 7 + 1;
+	for (long n = 0; !over; n++) {
+		if (hold(n & 1, vectors, found))
+			wrong(n & 1 ? "registers over system calls" : "registers");
+		if (memcmp(vectors, found, sizeof vectors))
+			wrong("vector registers");
+		if (n % 64 == 0)
+			check_memory();
+	}
+}
+
+static void sve(void)
+{
+	while (!over) {
+		long bad;
+		asm volatile(".arch_extension sve\n ptrue p0.b\n dup z0.b, #7\n mov %0, #0x10000\n"
+			     "1: subs %0, %0, #1\n b.ne 1b\n"
+			     "dup z1.b, #7\n cmpne p1.b, p0/z, z0.b, z1.b\n cset %0, ne\n" : "=&r"(bad) :: "v0", "v1", "cc");
+		if (bad)
+			wrong("SVE registers");
+	}
+}
+#endif
 
 static double now(void)
 {
@@ -208,7 +270,7 @@ static void filtered(int busy)
 {
 	struct sock_filter code[] = {
 		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch)),
-		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0xc000003e, 0, 7),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH, 0, 7),
 		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
 		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_read, 6, 0),
 		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_write, 5, 0),
@@ -242,7 +304,7 @@ static void filtered(int busy)
 	syscall(SYS_exit, 0);
 }
 
-#ifdef RSEQ_SIG
+#if defined RSEQ_SIG && defined __x86_64__
 static void sequences(void)
 {
 	// A sequence that was interrupted begins again. One that goes on finds that the kernel has forgotten it: rseq_cs is 0.
@@ -317,7 +379,11 @@ int main(int count, char **argument)
 		sleep_in_many_ways();
 	else if (!strcmp(mode, "filter") || !strcmp(mode, "busy"))
 		filtered(!strcmp(mode, "busy"));
-#ifdef RSEQ_SIG
+#ifdef __aarch64__
+	else if (!strcmp(mode, "sve"))
+		sve();
+#endif
+#if defined RSEQ_SIG && defined __x86_64__
 	else if (!strcmp(mode, "rseq"))
 		sequences();
 #endif

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksmd_ctl.kernel.injected_code import MARK, SLOT_BYTES, free_slot, in_sequence, made_again, restarted, slot
-from ksmd_ctl.kernel.ptrace import X86_64_REGISTERS
+from ksmd_ctl.kernel.architecture import X86_64
+from ksmd_ctl.kernel.injected_code import MARK, free_slot, in_sequence
+from ksmd_ctl.kernel.x86_64 import CODE_BYTES, SLOT_BYTES, made_again, restarted, slot
 
 words = st.integers(0, (1 << 64) - 1)
 
 
-@given(st.fixed_dictionaries(dict.fromkeys(X86_64_REGISTERS, words)), words)
+@given(st.fixed_dictionaries(dict.fromkeys(X86_64.registers, words)), words)
 def test_the_instructions_restore_each_register(registers: dict[str, int], changed: int) -> None:
     """Those that are no call's are never changed, and each other one is loaded from its own place."""
     content = slot(registers, 4711)
@@ -41,7 +42,7 @@ def test_the_instructions_by_themselves(count: int) -> None:
     """Run in this process: they make a call, and go on where they should."""
     page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-    registers = dict.fromkeys(X86_64_REGISTERS, 0)
+    registers = dict.fromkeys(X86_64.registers, 0)
     # What they go on with: mov %rdi, %rax; ret.
     page[1024:1028] = b"\x48\x89\xf8\xc3"
     for number in range(count):
@@ -57,7 +58,7 @@ def test_the_instructions_by_themselves(count: int) -> None:
     [(-512, 7, 2), (-513, 7, 2), (-514, 7, 2), (-516, 219, 2), (-4, (1 << 64) - 4, 0), (3, 3, 0)],
 )
 def test_a_thread_in_a_call_goes_on_as_the_kernel_has_it(code: int, rax: int, moved: int) -> None:
-    registers = {**dict.fromkeys(X86_64_REGISTERS, 5), "orig_rax": 7, "rax": code % (1 << 64), "rip": 1000}
+    registers = {**dict.fromkeys(X86_64.registers, 5), "orig_rax": 7, "rax": code % (1 << 64), "rip": 1000}
     found = restarted(registers)
     assert (found["rax"], found["rip"], found["orig_rax"]) == (rax, 1000 - moved, (1 << 64) - 1)
     # Outside of a call the same number is just a number.
@@ -80,12 +81,12 @@ def test_instructions_that_a_handler_returns_to_are_left_alone() -> None:
     base, stack, tid = 1 << 30, 1 << 40, 7
     tail = (base + 16, base + 4 * SLOT_BYTES)
     places = [tail[1] - number * SLOT_BYTES for number in (1, 2, 3)]
-    taken = slot(dict.fromkeys(X86_64_REGISTERS, 1), tid)
+    taken = slot(dict.fromkeys(X86_64.registers, 1), tid)
 
     def found(frame: int, contents: bytes = taken, others: frozenset[int] = frozenset({9})) -> int:
         words = b"".join(word.to_bytes(8, "little") for word in (5, frame, 6))
         memory = FakeMemory({stack: words, **dict.fromkeys(places, contents)})
-        return free_slot(memory, tail, stack + 3, tid, others)  # type: ignore[arg-type]
+        return free_slot(memory, tail, stack + 3, tid, others, SLOT_BYTES, CODE_BYTES)  # type: ignore[arg-type]
 
     assert found(0) == places[0]
     assert found(places[0] + 9) == places[1]
@@ -95,7 +96,7 @@ def test_instructions_that_a_handler_returns_to_are_left_alone() -> None:
     assert found(0, b"\1" * SLOT_BYTES) == 0
     # Half-written: of nobody.
     assert found(0, (MARK + bytes(8)).rjust(SLOT_BYTES, b"\0")) == places[0]
-    assert free_slot(FakeMemory({}), (0, 0), stack, tid, frozenset()) == 0  # type: ignore[arg-type]
+    assert free_slot(FakeMemory({}), (0, 0), stack, tid, frozenset(), SLOT_BYTES, CODE_BYTES) == 0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("at", "inside"), [(999, False), (1000, True), (1019, True), (1020, False)])
@@ -111,7 +112,7 @@ def test_restartable_sequences(at: int, inside: bool) -> None:
 )
 def test_a_call_that_a_stop_has_ended_is_made_again(number: int, code: int, again: bool) -> None:
     """epoll_wait, and not nanosleep, which the kernel goes on with by itself."""
-    registers = {**dict.fromkeys(X86_64_REGISTERS, 5), "orig_rax": number, "rax": code % (1 << 64), "rip": 1000}
+    registers = {**dict.fromkeys(X86_64.registers, 5), "orig_rax": number, "rax": code % (1 << 64), "rip": 1000}
     found = made_again(registers)
     assert (found is not None) is again
     if found is not None:

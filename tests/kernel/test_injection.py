@@ -17,18 +17,24 @@ import pytest
 from ksmd_ctl.errors import Absent, NoSuchProcess, Refused, Rejected
 from ksmd_ctl.host.memory import ProcessId
 from ksmd_ctl.kernel import syscalls
-from ksmd_ctl.kernel.injected_code import SLOT_BYTES, Memory, vdso_tail
-from ksmd_ctl.kernel.injection import Injected, inject
+from ksmd_ctl.kernel.architecture import AARCH64, X86_64
+from ksmd_ctl.kernel.injected_code import Memory, vdso_tail
+from ksmd_ctl.kernel.injection import CODES, Injected, inject
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.ptrace import Tracee
 from ksmd_ctl.kernel.threads import threads
 from tests.kernel.switched import Target, compiled, in_child, started
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="injection is for x86_64")
+MACHINE = {found.name: found for found in (X86_64, AARCH64)}.get(platform.machine(), X86_64)
+pytestmark = pytest.mark.skipif(platform.machine() != MACHINE.name, reason="injection is for x86_64 and aarch64")
 
-GETPID = (39,)
+GETPID, EXIT = ((39,), 60) if MACHINE is X86_64 else ((172,), 93)
 #: PR_SET_MEMORY_MERGE.
-ON, OFF = (157, 67, 1, 0, 0, 0), (157, 67, 0, 0, 0, 0)
+ON, OFF = (MACHINE.prctl, 67, 1, 0, 0, 0), (MACHINE.prctl, 67, 0, 0, 0, 0)
+#: Where it takes long: an emulated processor, 1 for this one.
+SLOW = float(os.environ.get("KSMD_CTL_SLOW", "1"))
+#: How many times as much is done where a guest is booted for it.
+TIMES = int(os.environ.get("KSMD_CTL_TIMES", "1"))
 
 
 def _done() -> int:
@@ -69,6 +75,11 @@ def switched(process: ProcessId, count: int) -> Callable[[], None]:
     return run
 
 
+def need_mode(mode: str) -> None:
+    if mode == "rseq" and MACHINE is not X86_64:
+        pytest.skip("restartable sequences are written for x86_64")
+
+
 def test_only_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "", "", "", "riscv64")))
     with pytest.raises(Absent, match="riscv64"):
@@ -84,8 +95,9 @@ def test_only_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda found: found[0] if isinstance(found, tuple) else "",
 )
 def test_a_program_does_not_notice(program: Path, mode: tuple[str, ...], count: int) -> None:
+    need_mode(mode[0])
     with started(program, *mode) as target:
-        assert in_child(switched(target.process, count)) == 0
+        assert in_child(switched(target.process, count * (TIMES if mode[0] == "spin" else 1))) == 0
         time.sleep(0.02)
         said = target.end()
         assert said.startswith("0 errors"), said
@@ -93,8 +105,10 @@ def test_a_program_does_not_notice(program: Path, mode: tuple[str, ...], count: 
         assert target.program.returncode == 0
 
 
-def test_a_static_program_does_not_notice(static: Path) -> None:
-    with started(static, "spin", "200") as target:
+@pytest.mark.parametrize("mode", [("spin", "200"), ("sleep",)], ids=lambda mode: str(mode[0]))
+def test_a_static_program_does_not_notice(static: Path, mode: tuple[str, ...]) -> None:
+    """It lies far from its vDSO."""
+    with started(static, *mode) as target:
         assert in_child(switched(target.process, 100)) == 0
         assert target.end().startswith("0 errors")
 
@@ -123,6 +137,19 @@ def test_a_filter_that_permits_little_more_than_read_and_write(program: Path, mo
             assert target.program.wait(30) == -signal.SIGSYS
 
 
+def test_a_static_program_with_a_filter_that_refuses_rt_sigreturn(static: Path) -> None:
+    """On aarch64 it could not restore itself."""
+    with started(static, "filter") as target:
+        assert target.ask("a") == "a"
+        if MACHINE is X86_64:
+            assert in_child(switched(target.process, 2)) == 0
+        else:
+            with pytest.raises(Refused, match="filters refuse rt_sigreturn"):
+                inject(target.process, [ON])
+        assert target.ask("b") == "b"
+        assert target.status("Seccomp") == "2"
+
+
 def test_strict_seccomp() -> None:
     code = (
         "import ctypes,os,sys\nprint(os.getpid(),flush=True)\nsys.stdin.buffer.raw.read(1)\n"
@@ -139,8 +166,9 @@ def test_strict_seccomp() -> None:
 # -- states in which a process may be ------------------------------------------------------------------------
 
 
-def test_a_stopped_process_stays_stopped(program: Path) -> None:
-    with started(program, "spin") as target:
+@pytest.mark.parametrize("mode", ["spin", "wait"])
+def test_a_stopped_process_stays_stopped(program: Path, mode: str) -> None:
+    with started(program, mode) as target:
         os.kill(target.process.pid, signal.SIGSTOP)
         os.waitpid(target.process.pid, os.WUNTRACED)
         assert in_child(switched(target.process, 20)) == 0
@@ -163,6 +191,16 @@ def test_a_debugged_process_is_left_to_its_debugger(program: Path) -> None:
                 inject(target.process, [ON])
             assert "debugger" in caught.value.hint
             assert target.status("State").startswith("R")
+        assert target.end().startswith("0 errors")
+
+
+def test_a_program_that_computes_with_sve_is_refused(program: Path) -> None:
+    """Any system call would discard these registers."""
+    if " sve " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no SVE")
+    with started(program, "sve") as target:
+        with pytest.raises(Refused, match="SVE registers"):
+            inject(target.process, [ON])
         assert target.end().startswith("0 errors")
 
 
@@ -260,7 +298,7 @@ def test_who_is_gone(program: Path) -> None:
 def test_its_first_thread_has_ended() -> None:
     code = (
         "import ctypes,os,threading,time\nprint(os.getpid(),flush=True)\n"
-        "threading.Thread(target=lambda: time.sleep(600)).start()\nctypes.CDLL(None).syscall(60,0)"
+        f"threading.Thread(target=lambda: time.sleep(600)).start()\nctypes.CDLL(None).syscall({EXIT},0)"
     )
     with started(sys.executable, "-c", code) as target:
         until = time.monotonic() + 10
@@ -330,7 +368,7 @@ def killed_at_each_step(target: Target, count: int, alive: Callable[[], None]) -
     chance, killed, at = random.Random(7), 0, 0
     for number in range(count):
         if number % 2:
-            status = in_child(run(-1, number & 2), kill_after=chance.uniform(0, 0.004))
+            status = in_child(run(-1, number & 2), kill_after=SLOW * chance.uniform(0, 0.004))
         else:
             at += 1
             status = in_child(run(at, number & 2))
@@ -346,12 +384,22 @@ def killed_at_each_step(target: Target, count: int, alive: Callable[[], None]) -
 
 @pytest.mark.parametrize("mode", [("spin", "100"), ("sleep",), ("rseq",)], ids=lambda mode: str(mode[0]))
 def test_killed_at_any_moment_it_leaves_the_program_as_it_was(program: Path, mode: tuple[str, ...]) -> None:
+    need_mode(mode[0])
     with started(program, *mode) as target:
-        killed_at_each_step(target, 60, lambda: None)
+        killed_at_each_step(target, 60 * TIMES, lambda: None)
         assert target.end().startswith("0 errors")
 
 
-def test_killed_at_any_moment_it_leaves_the_filter_in_place(program: Path) -> None:
+def test_killed_at_any_moment_it_leaves_a_static_program_as_it_was(static: Path) -> None:
+    with started(static, "spin", "100") as target:
+        killed_at_each_step(target, 60 * TIMES, lambda: None)
+        assert target.end().startswith("0 errors")
+
+
+def test_killed_at_any_moment_it_leaves_the_filter_in_place(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if SLOW > 1:
+        # Page tables take as much longer there.
+        monkeypatch.setattr("ksmd_ctl.kernel.filtered_calls._ADDRESSES_BYTES", int((4 << 30) / SLOW) & -4096)
     with started(program, "filter") as target:
         assert target.ask("a") == "a"
 
@@ -359,7 +407,7 @@ def test_killed_at_any_moment_it_leaves_the_filter_in_place(program: Path) -> No
             assert target.ask("x") == "x"
             assert target.status("Seccomp") == "2"
 
-        killed_at_each_step(target, 36, alive)
+        killed_at_each_step(target, 36 * TIMES, alive)
 
 
 def test_killed_while_stopped(program: Path) -> None:
@@ -384,7 +432,7 @@ def test_nothing_stays_in_its_memory(program: Path) -> None:
         memory = Memory(pid, pid, Path("/"))
         start, end = vdso_tail(pid, pid, memory)
         before = memory.read(start, end - start)
-        assert end - start >= SLOT_BYTES
+        assert end - start >= CODES[MACHINE.name].slot_bytes
         assert before == bytes(end - start)
         assert in_child(lambda: expect(target.process, GETPID, pid)) == 0
         assert memory.read(start, end - start) == before
@@ -412,7 +460,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 poll = select.epoll()
 poll.register(0, select.EPOLLIN)
-events = ctypes.create_string_buffer(12)
+events = ctypes.create_string_buffer(16)
 signals = ctypes.create_string_buffer(struct.pack("Q", 1 << (signal.SIGUSR1 - 1)) + bytes(120))
 calls = {
     "epoll_wait": lambda: libc.epoll_wait(poll.fileno(), events, 1, -1),
@@ -440,3 +488,91 @@ def test_a_call_that_each_stop_ends_is_made_again(call: str, ended: str) -> None
             os.kill(target.process.pid, signal.SIGUSR1)
         assert target.program.stdout
         assert target.program.stdout.readline().strip() == ended
+
+
+def in_a_call(target: Target) -> None:
+    """Wait until it waits in the kernel."""
+    path, until, before = Path(f"/proc/{target.process.pid}/syscall"), time.monotonic() + 60, ""
+    while (now := path.read_text()) != before or not now[:1].isdigit():
+        assert time.monotonic() < until
+        before = now
+        time.sleep(0.02)
+
+
+SLEEPING = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+span = ctypes.create_string_buffer((3).to_bytes(8, "little") + bytes(8))
+word = ctypes.c_int(0)
+futex = 202 if os.uname().machine == "x86_64" else 98
+calls = {
+    "nanosleep": lambda: libc.nanosleep(span, None),
+    "clock_nanosleep": lambda: libc.clock_nanosleep(1, 0, span, None),
+    "futex": lambda: libc.syscall(futex, ctypes.byref(word), 0, 0, span, None, 0),
+    "poll": lambda: libc.poll(None, 0, 3000),
+}
+print(os.getpid(), flush=True)
+os.read(0, 1)
+ctypes.set_errno(0)
+begin = time.monotonic()
+found = calls[sys.argv[1]]()
+print(found, ctypes.get_errno(), begin, time.monotonic(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "ended"), [("nanosleep", "0 0"), ("clock_nanosleep", "0 0"), ("futex", "-1 110"), ("poll", "0 0")]
+)
+def test_a_wait_ends_when_it_would_have(call: str, ended: str) -> None:
+    with started(sys.executable, "-c", SLEEPING, call) as target:
+        assert target.program.stdin
+        os.write(target.program.stdin.fileno(), b"x")
+        in_a_call(target)
+        # Switched for more than half of the time: had it begun again, it would end that much later.
+        until = time.monotonic() + 1.6
+        while time.monotonic() < until:
+            assert in_child(switched(target.process, 2)) == 0
+        last = time.monotonic()
+        assert target.program.stdout
+        *result, begin, end = target.program.stdout.readline().split()
+        assert " ".join(result) == ended
+        assert float(begin) + 3 <= float(end) < last + 3
+
+
+PAUSED = """
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+signal.signal(signal.SIGUSR1, lambda *_: None)
+nothing, _ = os.pipe()
+byte = ctypes.create_string_buffer(1)
+print(os.getpid(), flush=True)
+while True:
+    ctypes.set_errno(0)
+    found = libc.pause() if sys.argv[1] == "pause" else libc.read(nothing, byte, 1)
+    print(found, ctypes.get_errno(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("call", ["pause", "read"])
+def test_a_signal_that_comes_meanwhile_ends_the_call(call: str) -> None:
+    """Whenever it comes: a call that waits for one does not begin again after it."""
+    with started(sys.executable, "-c", PAUSED, call) as target:
+        pid, process = target.process.pid, target.process
+        for at in range(1, 16):
+            in_a_call(target)
+
+            def work(at: int = at) -> None:
+                seen = 0
+
+                def step(_: str) -> None:
+                    nonlocal seen
+                    seen += 1
+                    if seen == at:
+                        os.kill(pid, signal.SIGUSR1)
+
+                inject(process, [GETPID], step=step)
+                if seen < at:
+                    os.kill(pid, signal.SIGUSR1)
+
+            assert in_child(work) == 0
+            assert target.answer(5) == "-1 4\n"

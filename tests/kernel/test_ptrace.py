@@ -13,10 +13,13 @@ import pytest
 
 from ksmd_ctl.errors import Denied, NoSuchProcess, TimedOut
 from ksmd_ctl.kernel import syscalls
-from ksmd_ctl.kernel.ptrace import Tracee, waiting
+from ksmd_ctl.kernel.architecture import architecture
+from ksmd_ctl.kernel.ptrace import Tracee, sent_by_us, waiting
 from tests.kernel.switched import Target, in_child, started
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="ptrace is used on x86_64")
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "aarch64"), reason="ptrace is used on x86_64 and aarch64"
+)
 
 CODE = """
 import os, signal, sys
@@ -51,17 +54,22 @@ def test_registers_and_memory_are_read_and_written(target: Target) -> None:
             tracee = Tracee(target.process.pid)
             stopped(tracee)
             before = tracee.registers()
-            assert before["cs"] == 0x33
-            tracee.set_registers({**before, "r12": 0x1234567890})
-            assert tracee.registers()["r12"] == 0x1234567890
+            assert before.get("cs", 0x33) == 0x33
+            name = "r12" if "r12" in before else "x20"
+            tracee.set_registers({**before, name: 0x1234567890})
+            assert tracee.registers()[name] == 0x1234567890
             tracee.set_registers(before)
-            free = before["rsp"] - 4096 & ~7
+            free = before[architecture().sp] - 4096 & ~7
             tracee.store(free, b"\xff" * 8 + b"\1" * 8)
             with open(f"/proc/{target.process.pid}/mem", "rb") as memory:
                 memory.seek(free)
                 assert memory.read(16) == b"\xff" * 8 + b"\1" * 8
             assert tracee.restartable() >= 0
             assert not tracee.dispatches_calls()
+            assert tracee.blocked_signals() == bytes(8)
+            # NT_FPREGSET, and one that nobody has.
+            assert any(tracee.register_set(2, 512))
+            assert tracee.register_set(0x7777, 16) == bytes(16)
             tracee.detach()
 
     assert in_child(work) == 0
@@ -84,6 +92,23 @@ def test_a_signal_is_delivered_once_whatever_becomes_of_the_tracer(target: Targe
             tracee.detach(stop.signal_to_deliver)
 
     assert in_child(work) == (-signal.SIGKILL if die else 0)
+    assert asked(target) == "1"
+
+
+def test_a_signal_that_is_sent_comes_with_what_it_is_given(target: Target) -> None:
+    def work() -> None:
+        with waiting():
+            tracee = Tracee(target.process.pid)
+            tracee.send(target.process.pid, signal.SIGUSR1)
+            assert tracee.wait(10).signal_to_deliver == signal.SIGUSR1
+            info = tracee.signal_info()
+            assert sent_by_us(info)
+            # SI_USER.
+            tracee.set_signal_info(info[:8] + bytes(4) + info[12:])
+            assert not sent_by_us(tracee.signal_info())
+            tracee.detach(signal.SIGUSR1)
+
+    assert in_child(work) == 0
     assert asked(target) == "1"
 
 

@@ -22,8 +22,8 @@ from ksmd_ctl.host.memory import ProcessId, Range
 from ksmd_ctl.host.operation import Unshare, UnsharedPart, UnshareResult
 from ksmd_ctl.host.switching import Method, Switch, SwitchResult
 from ksmd_ctl.kernel import switching
+from ksmd_ctl.kernel.architecture import Call, architecture
 from ksmd_ctl.kernel.detection import open_reader
-from ksmd_ctl.kernel.injected_code import Call
 from ksmd_ctl.kernel.injection import Injected
 from ksmd_ctl.kernel.proc_pid import start_time_ticks
 from ksmd_ctl.kernel.process_counts import KsmCounts, read_counts
@@ -37,7 +37,7 @@ from tests.kernel.switched import Target, compiled, in_child, started
 from tests.kernel.test_detection import filled, scan
 from tests.kernel.test_injection import DONE
 
-_PRCTL, _MADVISE = 157, 28
+_PRCTL, _MADVISE = architecture().prctl, architecture().madvise
 NOTHING = "nothing was to be done"
 
 

@@ -18,7 +18,7 @@ from tests.kernel.switched import Target, compiled, started
 from tests.service.running import ROOT, configure, run_command, service
 
 pytestmark = [
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="injection is for x86_64"),
+    pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="injection is for these"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
 ]
 
