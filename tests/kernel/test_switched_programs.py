@@ -92,6 +92,10 @@ def _threads(folder: Path) -> Iterator[Program]:
         def goes_on() -> None:
             assert target.status("Threads") == "64"
 
+        # It says that it is there before they all are.
+        until = time.monotonic() + SECONDS
+        while target.status("Threads") != "64" and time.monotonic() < until:
+            time.sleep(0.1)
         yield Program(target.process, goes_on, lambda: _right(target))
 
 
