@@ -39,7 +39,6 @@ from ksmd_ctl.kernel.ptrace import Tracee
 
 CODE_BYTES: Final = 48
 SLOT_BYTES: Final = 1152
-_ARGUMENTS: Final = ("x0", "x1", "x2", "x3", "x4", "x5")
 # What a call takes or changes.
 _LOADED: Final = (0, 1, 2, 3, 4, 5, 8)
 _REACH_BYTES: Final = 1 << 27
@@ -219,15 +218,17 @@ class Aarch64Code:
         return slot(found, place, tracee.tid, tracee.blocked_signals(), vectors)
 
     def entering(self, saved: Registers, call: Call, place: int) -> Registers:
-        return {**saved, **_arguments(call), "x8": call[0], "pc": place, "pstate": saved["pstate"] & ~_BRANCHED}
+        return {
+            **saved,
+            **AARCH64.registers_for(call),
+            "x8": call[0],
+            "pc": place,
+            "pstate": saved["pstate"] & ~_BRANCHED,
+        }
 
     def replace(self, tracee: Tracee, found: Registers, call: Call) -> None:
         tracee.set_register_set(_NT_SYSTEM_CALL, struct.pack("<i", call[0]))
-        tracee.set_registers({**found, **_arguments(call), "x8": call[0]})
-
-
-def _arguments(call: Call) -> Registers:
-    return dict(zip(_ARGUMENTS, (*call[1:], 0, 0, 0, 0, 0, 0), strict=False))
+        tracee.set_registers({**found, **AARCH64.registers_for(call), "x8": call[0]})
 
 
 def _header(tracee: Tracee, kind: int) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ class Architecture:
     :ivar audit: as seccomp filters have it (AUDIT_ARCH_*)
     :ivar registers: the general registers in the order of NT_PRSTATUS
     :ivar pc: which of them is the instruction pointer, and `sp` the stack pointer
+    :ivar arguments: the registers that have a call's arguments
     :ivar syscall: the instruction that makes a system call
     :ivar prctl: the number of that call, as is `madvise`
     :ivar harmless: calls that change nothing, one of which a filter may permit
@@ -43,12 +44,17 @@ class Architecture:
     registers: tuple[str, ...]
     pc: str
     sp: str
+    arguments: tuple[str, ...]
     syscall: bytes
     prctl: int
     madvise: int
     harmless: tuple[Call, ...]
     strict: frozenset[int]
     ended_by_stops: frozenset[int]
+
+    def registers_for(self, call: Call) -> Registers:
+        """The arguments of a call in their registers; zeroes in those that it does not have."""
+        return dict(zip(self.arguments, (*call[1:], 0, 0, 0, 0, 0, 0), strict=False))
 
 
 # Harmless: write and read of no descriptor, madvise of nothing, getpid, sched_yield, close of no descriptor. Ended by
@@ -64,6 +70,7 @@ X86_64: Final = Architecture(
     ),
     pc="rip",
     sp="rsp",
+    arguments=("rdi", "rsi", "rdx", "r10", "r8", "r9"),
     syscall=b"\x0f\x05",
     prctl=157,
     madvise=28,
@@ -80,6 +87,7 @@ AARCH64: Final = Architecture(
     registers=(*(f"x{number}" for number in range(31)), "sp", "pc", "pstate"),
     pc="pc",
     sp="sp",
+    arguments=("x0", "x1", "x2", "x3", "x4", "x5"),
     syscall=0xD4000001.to_bytes(4, "little"),
     prctl=167,
     madvise=233,

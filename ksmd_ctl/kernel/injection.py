@@ -106,8 +106,9 @@ def inject(
     :raises TimedOut: it did not stop; it is let go when this process ends
     """
     code = CODES[architecture().name]
+    what = f"having process {process.pid} make a system call"
     with Held(process, root) as held, waiting(), _niced(_FIRST):
-        thread = choose(process.pid, f"having process {process.pid} make a system call", root)
+        thread = choose(process.pid, what, root)
         held.verify()
         if thread.seccomp:
             end_slowly()
@@ -117,7 +118,7 @@ def inject(
         except Denied:
             # Of one that ends just now the kernel says the same, and of one that somebody else has begun to trace.
             held.verify()
-            choose(process.pid, f"having process {process.pid} make a system call", root)
+            choose(process.pid, what, root)
             raise
         job = _Job(process.pid, thread, tracee, code, root, step)
         began = clock()

@@ -30,7 +30,6 @@ _LOADED: Final = {
     "r8": b"\x4c\x8b\x05",
     "r9": b"\x4c\x8b\x0d",
 }
-_ARGUMENTS: Final = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _JUMP: Final = b"\xff\x25"
 _OFFSET_BYTES: Final = 4
 CODE_BYTES: Final = 72
@@ -78,10 +77,6 @@ def slot(registers: Registers, tid: int) -> bytes:
     return marked(bytes(code).ljust(CODE_BYTES, b"\xcc") + bytes(data), SLOT_BYTES, tid)
 
 
-def _arguments(call: Call) -> Registers:
-    return dict(zip(_ARGUMENTS, (*call[1:], 0, 0, 0, 0, 0, 0), strict=False))
-
-
 class X86_64Code:
     """`ksmd_ctl.kernel.injected_code.Code` of x86-64."""
 
@@ -120,7 +115,7 @@ class X86_64Code:
         return slot(restarted(found), tracee.tid)
 
     def entering(self, saved: Registers, call: Call, place: int) -> Registers:
-        return {**saved, **_arguments(call), "rax": call[0], "rip": place, "orig_rax": NO_CALL}
+        return {**saved, **X86_64.registers_for(call), "rax": call[0], "rip": place, "orig_rax": NO_CALL}
 
     def replace(self, tracee: Tracee, found: Registers, call: Call) -> None:
-        tracee.set_registers({**found, **_arguments(call), "orig_rax": call[0]})
+        tracee.set_registers({**found, **X86_64.registers_for(call), "orig_rax": call[0]})

@@ -94,13 +94,7 @@ def _off(request: Switch, *, root: Path, progress: Report, stop: Stop) -> Switch
     # Whatever the monitor has said and done, its memory is off now. It is looked at once more, and no call is made
     # where it is so.
     last = switch(request, root=root, progress=progress, stop=stop)
-    result = replace(
-        last,
-        how=result.how,
-        before=result.before,
-        stopped_seconds=max(result.stopped_seconds, last.stopped_seconds),
-        unmerged_pages=result.unmerged_pages + last.unmerged_pages,
-    )
+    result = replace(_both(result, last, injected=last), how=result.how)
     return _by_itself(result, said) if isinstance(said, KsmdError) else _both(result, said, injected=result)
 
 
