@@ -105,6 +105,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cases", type=int, default=20, metavar="N", help="how many choices (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of these choices (default: %(default)s)")
     parser.add_argument("--traces", type=int, metavar="N", help="only the first N traces of each kind")
+    parser.add_argument("--copies", type=int, default=1, metavar="N", help="of each trace (default: %(default)s)")
     parser.add_argument("--guests", action="store_true", help="one case with emulated guests instead of tenants")
     parser.add_argument("--output", type=Path, default=Path("build/bench-foresight"), help="folder for the figures")
     options = parser.parse_args(arguments)
@@ -142,6 +143,7 @@ def _tenants(options: argparse.Namespace) -> Iterator[Case]:
         memory = list(Memory)[number % len(Memory)]
         chosen = chance.sample(range(len(names)), min(len(names), chance.randint(3, 6)))
         with ksm_alone(memory) as host:
+            chosen *= options.copies
             tenants = [Tenant(library.pool, host) for _ in chosen]
             try:
                 for tenant, trace in zip(tenants, chosen, strict=True):

@@ -24,14 +24,12 @@ from ksmd_ctl.errors import Absent, NoSuchProcess, ReadError, Refused
 from ksmd_ctl.host.duplicates import NO_LIMIT, MergeRules
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ROUND_PAGES
+from ksmd_ctl.kernel.content_numbers import READ_PAGES, ContentSample, numbers_of
 from ksmd_ctl.kernel.kpageflags import runs
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.proc_pid import process_file_error
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE, Closing, read_file
 
-#: Pages that are read in one call.
-_READ_PAGES: Final = 64
-_PAGES: Final = tuple(slice(first, first + PAGE_SIZE) for first in range(0, _READ_PAGES * PAGE_SIZE, PAGE_SIZE))
 # Real, effective, saved and file system uid.
 _UIDS: Final = re.compile(rb"^Uid:\t(\d+)\t(\d+)\t(\d+)\t(\d+)$", re.MULTILINE)
 
@@ -96,10 +94,12 @@ def merge_rules(root: Path) -> MergeRules:
 class Contents(Closing):
     """Numbers made of the contents of one process's pages."""
 
-    def __init__(self, pid: int, root: Path) -> None:
+    def __init__(self, pid: int, root: Path, sample: ContentSample | None = None) -> None:
         """
+        :param sample: makes the numbers of a `block`, if only some are wanted
         :raises NoSuchProcess, Denied: they can't be read
         """
+        self._sample = sample
         path = root / "proc" / str(pid) / "mem"
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -114,32 +114,27 @@ class Contents(Closing):
         :param number: makes it
         """
         for begin, end in runs(pages, 1):
-            for first in range(begin, end, _READ_PAGES):
-                found = self._part(start + first * PAGE_SIZE, min(end - first, _READ_PAGES), number)
-                yield from enumerate(found, first)
+            for first in range(begin, end, READ_PAGES):
+                data = self._part(start + first * PAGE_SIZE, min(end - first, READ_PAGES))
+                yield from enumerate(numbers_of(data, number), first)
 
     def block(self, start: int, pages: int) -> list[int]:
         """The numbers of the contents of pages from an address on; fewer where something is not there any more."""
         found: list[int] = []
-        for first in range(0, pages, _READ_PAGES):
-            count = min(_READ_PAGES, pages - first)
-            numbers = self._part(start + first * PAGE_SIZE, count)
-            found += numbers
-            if len(numbers) < count:
+        for first in range(0, pages, READ_PAGES):
+            count = min(READ_PAGES, pages - first)
+            data = self._part(start + first * PAGE_SIZE, count)
+            found += numbers_of(data) if self._sample is None else self._sample.numbers(data)
+            if len(data) < count * PAGE_SIZE:
                 break
         return found
 
-    def _part(self, start: int, pages: int, number: Callable[[bytes], int] = hash) -> list[int]:
+    def _part(self, start: int, pages: int) -> bytes:
         try:
-            data = os.pread(self._fd, pages * PAGE_SIZE, start)
+            return os.pread(self._fd, pages * PAGE_SIZE, start)
         except OSError:
             # It was unmapped meanwhile.
-            return []
-        if pages == 1:
-            return [number(data)] if len(data) == PAGE_SIZE else []
-        # SipHash with a key of this process's own: three times as quick as anything of hashlib's, and nobody can make
-        # contents that meet.
-        return list(map(number, map(data.__getitem__, _PAGES[: len(data) // PAGE_SIZE])))
+            return b""
 
     def close(self) -> None:
         os.close(self._fd)

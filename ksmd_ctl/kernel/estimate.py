@@ -27,9 +27,10 @@ from ksmd_ctl.host.estimate import Estimate, PageKind, Rules, SampledPages, Stab
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.merging import estimate, of_those_left
 from ksmd_ctl.host.sampling import Bounds, scored
+from ksmd_ctl.kernel.content_numbers import ZERO, ContentSample
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.estimate_targets import Files, Part, Target, blocks
-from ksmd_ctl.kernel.kept_pages import ZERO, KeptPages, Row
+from ksmd_ctl.kernel.kept_pages import KeptPages, Row
 from ksmd_ctl.kernel.kpageflags import Bit, FrameCounts, FrameFlags, runs
 from ksmd_ctl.kernel.pace import Pace
 from ksmd_ctl.kernel.pagemap import (
@@ -121,7 +122,9 @@ class Look:
         self._root = root
         self._chance = chance or random.Random()
         self._tell = tell
-        self._files = Files(targets, root)
+        # To take half of the contents costs as much as to keep twice as many.
+        sample = ContentSample() if self.pages > 2 * most_kept else None
+        self._files = Files(targets, root, sample)
         # To read where nodes begin takes a while, and where there is one node, no figure depends on it.
         self._nodes = read_frame_map(root) if rules.nodes > 1 else None
         stacks = Counter(target.stack for target in targets)
@@ -132,8 +135,7 @@ class Look:
         self._kinds: dict[tuple[int, int, bool], int] = {}
         self._mapped: Counter[tuple[int, bool]] = Counter()
         self._zero_rows: list[Row] = []
-        # To give half of them up costs as much as to keep twice as many.
-        self._kept = KeptPages(most_kept * (2 if self.pages <= 2 * most_kept else 1), self.pages)
+        self._kept = KeptPages(most_kept if sample else 2 * most_kept, self.pages, sample)
         self._sample: Estimate | None = None
 
     def estimates(self) -> Generator[Estimate]:

@@ -12,6 +12,7 @@ from typing import Final
 
 from ksmd_ctl.errors import NoSuchProcess
 from ksmd_ctl.host.memory import Process, Range, Topology
+from ksmd_ctl.kernel.content_numbers import ContentSample
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.proc_pid import LeftOut, read_stat, running_pids, start_time_ticks
@@ -105,6 +106,7 @@ class Files:
 
     targets: Sequence[Target]
     root: Path
+    sample: ContentSample | None = None
     _open: OrderedDict[int, tuple[Pagemap, Contents]] = field(default_factory=OrderedDict)
 
     def of(self, owner: int) -> tuple[Pagemap, Contents]:
@@ -117,7 +119,7 @@ class Files:
         pid = self.targets[owner].process.id.pid
         pagemap = Pagemap(pid, self.root)
         try:
-            contents = Contents(pid, self.root)
+            contents = Contents(pid, self.root, self.sample)
             # Both stay with the process that they were opened of, which may be a later one with its pid.
             if self.targets[owner].process.id.start_time_ticks != start_time_ticks(pid, self.root):
                 contents.close()

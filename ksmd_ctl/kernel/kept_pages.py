@@ -8,6 +8,7 @@ place for all of them.
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections import Counter
@@ -17,10 +18,8 @@ from itertools import compress, count
 from typing import Final, NamedTuple
 
 from ksmd_ctl.host.estimate import Contents, PageKind, PageSet
+from ksmd_ctl.kernel.content_numbers import LEAST_SHARE, ZERO, ContentSample, threshold_of
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
-
-#: The number of the content of a page of zeroes.
-ZERO: Final = hash(bytes(PAGE_SIZE))
 
 #: Pages of one content that are looked at again.
 AGAIN_OF_ONE: Final = 64
@@ -32,9 +31,6 @@ _MANY_PAGES: Final = 64
 
 # Of so many more contents than are wanted, those with the least numbers are.
 _SOME_MORE: Final = 1.2
-
-# Numbers are from -2**63 to 2**63 - 1, each as likely as any other.
-_LEAST, _NUMBERS = -(1 << 63), 1 << 64
 
 
 class Row(NamedTuple):
@@ -89,17 +85,13 @@ class SharedFrame:
         return PageKind(self.node, tuple(sorted(self.owners)), self.pages, self.marked, self.split_frees)
 
 
-def _threshold(share: float) -> int:
-    """Numbers below it are such a share of all."""
-    return _LEAST + round(share * _NUMBERS)
-
-
 @dataclass(slots=True)
 class KeptPages:
-    """The pages, until there are more than `most`: then the contents of half of them are given up.
+    """The pages, until there are more than `most`: then contents are given up.
 
     :ivar most: about how many
     :ivar pages: about how many there will be
+    :ivar sample: is told which contents are kept
     :ivar sure: contents of which all pages are counted whatever their number is; the zero page's is among them
     :ivar share: the share of contents that is kept
     :ivar shared: by frame, those that are mapped more than once and whose content is kept
@@ -108,6 +100,7 @@ class KeptPages:
 
     most: int
     pages: int = 0
+    sample: ContentSample | None = None
     sure: Set[int] = frozenset({ZERO})
     share: float = 1.0
     kinds: list[PageKind] = field(default_factory=list)
@@ -127,7 +120,7 @@ class KeptPages:
     @property
     def threshold(self) -> int:
         """Numbers below it are kept."""
-        return _threshold(self.share)
+        return threshold_of(self.share)
 
     def kind(self, kind: PageKind) -> int:
         """The number of a kind of pages."""
@@ -194,10 +187,16 @@ class KeptPages:
             self._fit()
 
     def _fit(self) -> None:
-        while len(self) > self.most and self.share > 2**-40:
+        while len(self) > self.most and self.share > LEAST_SHARE:
             if self.share == 1:
                 self._take_for_sure()
-            self.share /= 2
+                # At once what will be left: then less of the contents is hashed.
+                halvings = max(1, int(math.log2(max(1.0, self.pages / self.most))))
+                self.share = max(LEAST_SHARE, 0.5**halvings)
+            else:
+                self.share /= 2
+            if self.sample is not None:
+                self.sample.take(self.share, self.sure)
             before = list(self.all())
             self._whole, self._columns, self._rows = [], {}, 0
             for column in before:
@@ -237,7 +236,7 @@ class KeptPages:
 
     def _times(self, share: float) -> Counter[int]:
         """How many pages have each content that is not `sure`, of a share of contents."""
-        threshold = _threshold(share)
+        threshold = threshold_of(share)
         times: Counter[int] = Counter()
         for _, numbers, _ in self.all():
             times.update([number for number in numbers if number < threshold] if share < self.share else numbers)
@@ -325,7 +324,7 @@ class Several:
         rows = sum(min(pages[state], AGAIN_OF_ONE) * times for state, times in Counter(self.states.values()).items())
         if rows <= most:
             return set(self.states)
-        threshold = _threshold(self.kept.share * min(1.0, _SOME_MORE * most / rows))
+        threshold = threshold_of(self.kept.share * min(1.0, _SOME_MORE * most / rows))
         low = sorted([number for number in self.states if number < threshold])
         return set(low[: len(self.states) * most // rows])
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.host.estimate import Contents, PageKind, Rules
 from ksmd_ctl.host.merging import estimate
-from ksmd_ctl.kernel.kept_pages import ZERO, KeptPages, Row
+from ksmd_ctl.kernel.content_numbers import ZERO
+from ksmd_ctl.kernel.kept_pages import KeptPages, Row
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 
 BLOCK = 64
