@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ksmd_ctl.host.estimate import Contents, PageKind, Rules
 from ksmd_ctl.host.merging import estimate
-from ksmd_ctl.kernel.content_numbers import ZERO
+from ksmd_ctl.kernel.content_numbers import ZERO, ContentSample
 from ksmd_ctl.kernel.kept_pages import KeptPages, Row
 from ksmd_ctl.kernel.pseudofile import PAGE_SIZE
 
@@ -86,6 +86,26 @@ def test_what_is_kept_stands_for_all(many: bool) -> None:
         total += found / truth
     assert held >= 0.93 * rounds
     assert abs(total / rounds - 1) < 0.02
+
+
+def test_where_many_pages_will_come_most_contents_are_given_up_at_once() -> None:
+    """Whoever reads on is told which contents are kept, so that no others are hashed."""
+    chance, sample = random.Random(6), ContentSample()
+    kept = KeptPages(1000, 16_000, sample)
+    kind = kept.kind(PageKind(0, (0,)))
+    heavy = number(chance)
+    kept.add(kind, 0, [number(chance) for _ in range(936)] + [heavy] * 64, 0)
+    assert (kept.share, sample) == (1.0, ContentSample())
+    kept.add(kind, 0, [number(chance)], 0)
+    expected = ContentSample()
+    expected.take(1 / 16, {ZERO, heavy})
+    assert (kept.share, sample) == (1 / 16, expected)
+    assert kept.sure_pages() == 64
+    # However many there were in the end, there is a bound.
+    for _ in range(20_000):
+        kept.add(kind, 0, [number(chance)], 0)
+    assert len(kept) <= 1000
+    assert sample.threshold == kept.threshold
 
 
 def test_some_are_looked_at_again() -> None:
