@@ -6,6 +6,7 @@ says comes by the serial console, and so does its exit status.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,8 @@ cd /checkout && sh /job </dev/null
 echo "exit status $?"
 poweroff -f
 """
-_SAID = "exit status "
+# The kernel may say something before the line ends.
+_SAID = re.compile(r"exit status (\d+)")
 
 
 def kernel_and_root() -> tuple[Path, Path]:
@@ -103,8 +105,8 @@ def _watched(command: Sequence[str | Path], timeout_seconds: float, console: Pat
                 if console:
                     with console.open("a") as written:
                         written.write(line)
-                if line.startswith(_SAID):
-                    status = int(line.removeprefix(_SAID))
+                if said := _SAID.match(line):
+                    status = int(said[1])
                 elif status is None:
                     sys.stdout.write(line.replace("\r", ""))
         finally:
