@@ -141,9 +141,8 @@ def _tenants(options: argparse.Namespace) -> Iterator[Case]:
     names = [f"{recipe.name}-{recipe.number}" for recipe in recipes]
     for number in range(options.cases):
         memory = list(Memory)[number % len(Memory)]
-        chosen = chance.sample(range(len(names)), min(len(names), chance.randint(3, 6)))
+        chosen = chance.sample(range(len(names)), min(len(names), chance.randint(3, 6))) * options.copies
         with ksm_alone(memory) as host:
-            chosen *= options.copies
             tenants = [Tenant(library.pool, host) for _ in chosen]
             try:
                 for tenant, trace in zip(tenants, chosen, strict=True):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ksmd_ctl.errors import Absent, NoSuchProcess, ReadError, Refused
 from ksmd_ctl.host.duplicates import NO_LIMIT, MergeRules
 from ksmd_ctl.host.knobs import Knob
 from ksmd_ctl.host.memory import ROUND_PAGES
-from ksmd_ctl.kernel.content_numbers import READ_PAGES, ContentSample, numbers_of
+from ksmd_ctl.kernel.content_numbers import READ_PAGES, numbers_of
 from ksmd_ctl.kernel.kpageflags import runs
 from ksmd_ctl.kernel.ksmfs import KsmFs
 from ksmd_ctl.kernel.proc_pid import process_file_error
@@ -94,12 +94,12 @@ def merge_rules(root: Path) -> MergeRules:
 class Contents(Closing):
     """Numbers made of the contents of one process's pages."""
 
-    def __init__(self, pid: int, root: Path, sample: ContentSample | None = None) -> None:
+    def __init__(self, pid: int, root: Path, numbers: Callable[[bytes], Iterable[int]] = numbers_of) -> None:
         """
-        :param sample: makes the numbers of a `block`, if only some are wanted
+        :param numbers: makes those of a `block`, of pages that lie one after the other
         :raises NoSuchProcess, Denied: they can't be read
         """
-        self._sample = sample
+        self._numbers = numbers
         path = root / "proc" / str(pid) / "mem"
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -124,7 +124,7 @@ class Contents(Closing):
         for first in range(0, pages, READ_PAGES):
             count = min(READ_PAGES, pages - first)
             data = self._part(start + first * PAGE_SIZE, count)
-            found += numbers_of(data) if self._sample is None else self._sample.numbers(data)
+            found += self._numbers(data)
             if len(data) < count * PAGE_SIZE:
                 break
         return found

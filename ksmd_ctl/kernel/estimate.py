@@ -27,7 +27,7 @@ from ksmd_ctl.host.estimate import Estimate, PageKind, Rules, SampledPages, Stab
 from ksmd_ctl.host.memory import Range
 from ksmd_ctl.host.merging import estimate, of_those_left
 from ksmd_ctl.host.sampling import Bounds, scored
-from ksmd_ctl.kernel.content_numbers import ZERO, ContentSample
+from ksmd_ctl.kernel.content_numbers import ZERO, ContentSample, numbers_of
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.estimate_targets import Files, Part, Target, blocks
 from ksmd_ctl.kernel.kept_pages import KeptPages, Row
@@ -124,7 +124,7 @@ class Look:
         self._tell = tell
         # To take half of the contents costs as much as to keep twice as many.
         sample = ContentSample() if self.pages > 2 * most_kept else None
-        self._files = Files(targets, root, sample)
+        self._files = Files(targets, root, sample.numbers if sample else numbers_of)
         # To read where nodes begin takes a while, and where there is one node, no figure depends on it.
         self._nodes = read_frame_map(root) if rules.nodes > 1 else None
         stacks = Counter(target.stack for target in targets)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from ksmd_ctl.errors import NoSuchProcess
 from ksmd_ctl.host.memory import Process, Range, Topology
-from ksmd_ctl.kernel.content_numbers import ContentSample
+from ksmd_ctl.kernel.content_numbers import numbers_of
 from ksmd_ctl.kernel.contents import Contents
 from ksmd_ctl.kernel.pagemap import Pagemap
 from ksmd_ctl.kernel.proc_pid import LeftOut, read_stat, running_pids, start_time_ticks
@@ -106,7 +106,7 @@ class Files:
 
     targets: Sequence[Target]
     root: Path
-    sample: ContentSample | None = None
+    numbers: Callable[[bytes], Iterable[int]] = numbers_of
     _open: OrderedDict[int, tuple[Pagemap, Contents]] = field(default_factory=OrderedDict)
 
     def of(self, owner: int) -> tuple[Pagemap, Contents]:
@@ -119,7 +119,7 @@ class Files:
         pid = self.targets[owner].process.id.pid
         pagemap = Pagemap(pid, self.root)
         try:
-            contents = Contents(pid, self.root, self.sample)
+            contents = Contents(pid, self.root, self.numbers)
             # Both stay with the process that they were opened of, which may be a later one with its pid.
             if self.targets[owner].process.id.start_time_ticks != start_time_ticks(pid, self.root):
                 contents.close()

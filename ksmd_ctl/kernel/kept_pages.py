@@ -8,7 +8,6 @@ place for all of them.
 
 from __future__ import annotations
 
-import math
 import random
 from array import array
 from collections import Counter
@@ -191,7 +190,7 @@ class KeptPages:
             if self.share == 1:
                 self._take_for_sure()
                 # At once what will be left: then less of the contents is hashed.
-                halvings = max(1, int(math.log2(max(1.0, self.pages / self.most))))
+                halvings = max(1, (self.pages // self.most).bit_length() - 1)
                 self.share = max(LEAST_SHARE, 0.5**halvings)
             else:
                 self.share /= 2
